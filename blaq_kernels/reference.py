@@ -1,0 +1,204 @@
+"""The truth: every op in plain PyTorch, written from the equations, one function per op.
+
+Nothing here is fast. Kernels are compared with these functions: codes exactly, floats by error
+budget. Equation numbers are those of BLAQ (AAAI 2024, arXiv 2401.16760); docs/algorithm.md lists
+what the paper leaves open and how it is resolved here.
+
+A weight counts as a matrix ``[N, K]``: ``N = shape[0]`` and ``K`` the rest (a vector is one row).
+``group_size`` 0 is one scale for the tensor, -1 one for each row, g > 0 one for each g inputs of a
+row; ``scale`` then has shape ``[1]``, ``[N, 1]`` or ``[N, ceil(K/g)]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .codebook import bits_of, midpoints
+
+CURVATURE_FLOOR = 1e-8
+SCALE_TINY = 2.0**-100  # scale of an all-zero group: positive, and level × scale is a normal float
+ALTERNATING_TOLERANCE = 1e-6
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """``(N, K)`` of a weight: a conv weight counts as ``[out, in·kh·kw]``."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+def scale_shape(shape: Sequence[int], group_size: int) -> tuple[int, ...]:
+    """Shape of ``scale`` for a weight of this shape."""
+    n, k = matrix_shape(shape)
+    if group_size == 0:
+        return (1,)
+    if group_size == -1:
+        return (n, 1)
+    return (n, -(-k // group_size))
+
+
+def to_groups(x: Tensor, group_size: int) -> Tensor:
+    """View a weight as ``[groups, group]``; a short last group is padded with zeros."""
+    n, k = matrix_shape(x.shape)
+    if group_size == 0:
+        return x.reshape(1, n * k)
+    x = x.reshape(n, k)
+    if group_size == -1:
+        return x
+    padding = -k % group_size
+    return torch.nn.functional.pad(x, (0, padding)).reshape(-1, group_size)
+
+
+def from_groups(groups: Tensor, shape: Sequence[int], group_size: int) -> Tensor:
+    """Inverse of :func:`to_groups`."""
+    n, k = matrix_shape(shape)
+    if group_size > 0:
+        groups = groups.reshape(n, -1)[:, :k]
+    return groups.reshape(shape)
+
+
+def scaled_update(latent: Tensor, grad: Tensor, curvature: Tensor) -> Tensor:
+    """Eqs. 6 and 8: ``latent - grad ⊘ curvature`` (the printed ∘ is a fault)."""
+    return latent - grad / curvature
+
+
+def blend(current: Tensor, trial: Tensor, backtrack: float) -> Tensor:
+    """Eqs. 9 and 10: ``a · current + (1 - a) · trial``; ``a = 1`` returns ``current`` exactly."""
+    if backtrack == 1.0:
+        return current.clone()
+    return backtrack * current + (1.0 - backtrack) * trial
+
+
+def quantize_codes(latent: Tensor, scale: Tensor, levels: Sequence[float], group_size: int) -> Tensor:
+    """Nearest level of ``latent / scale``: ties to the larger magnitude, sign(0) = +1.
+
+    The comparison is ``|w| >= midpoint · scale``, one rounding: codes are a pure function of
+    (latent, scale), the same in every kernel. A zero magnitude has one code, the positive one.
+    """
+    w = to_groups(latent, group_size)
+    alpha = scale.to(w.dtype).reshape(-1, 1)
+    index = torch.zeros(w.shape, dtype=torch.uint8, device=w.device)
+    for mid in midpoints(levels):
+        index += (w.abs() >= alpha * mid).to(torch.uint8)
+    negative = (w < 0).to(torch.uint8)
+    if levels[0] == 0.0:
+        negative *= index > 0
+    codes = (negative << (bits_of(levels) - 1)) | index
+    return from_groups(codes, latent.shape, group_size)
+
+
+def code_values(codes: Tensor, levels: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Signed level of each code."""
+    sign_bit = bits_of(levels) - 1
+    magnitudes = torch.tensor(levels, dtype=dtype, device=codes.device)
+    values = magnitudes[(codes & ((1 << sign_bit) - 1)).long()]
+    return torch.where((codes >> sign_bit) == 1, -values, values)
+
+
+def dequantize(codes: Tensor, scale: Tensor, levels: Sequence[float], group_size: int) -> Tensor:
+    """``level × scale`` in the scale's dtype: the one formula, used by training and by unpacking."""
+    values = to_groups(code_values(codes, levels, scale.dtype), group_size)
+    return from_groups(values * scale.reshape(-1, 1), codes.shape, group_size)
+
+
+def objective(latent: Tensor, curvature: Tensor, codes: Tensor, scale: Tensor,
+              levels: Sequence[float], group_size: int) -> Tensor:
+    """``E = ½ Σ d (w - α β)²`` of every group, in float64."""
+    error = latent.double() - dequantize(codes, scale.double(), levels, group_size)
+    floored = curvature.double().clamp_min(CURVATURE_FLOOR)
+    return 0.5 * to_groups(floored * error.square(), group_size).sum(1)
+
+
+def solve(latent: Tensor, curvature: Tensor, init_scale: Tensor | None, levels: Sequence[float],
+          group_size: int, max_iter: int, method: str) -> tuple[Tensor, Tensor]:
+    """Eqs. 5 and 7: codes β and scale α that minimise ``½ Σ d (w - α β)²`` group by group.
+
+    ``alternating`` ends when α moves by less than 1e-6 relative or after ``max_iter``; ``exact`` is
+    the global minimiser, by sorting every threshold. One level is closed form either way. Sums are
+    float64, ``scale`` float32; the codes are those of the returned scale.
+    """
+    w = to_groups(latent, group_size).double().abs()
+    d = to_groups(curvature.double().clamp_min(CURVATURE_FLOOR), group_size)
+    valid = to_groups(torch.ones_like(latent, dtype=torch.float64), group_size)
+    d = d * valid
+    if len(levels) == 1:
+        alpha = (d * w).sum(1) / d.sum(1)
+    elif method == "exact":
+        alpha = _exact_scale(w, d, levels)
+    else:
+        alpha = _alternating_scale(w, d, init_scale, levels, max_iter)
+    scale = alpha.float()
+    scale = torch.where(scale > SCALE_TINY, scale, torch.full_like(scale, SCALE_TINY))
+    scale = scale.reshape(scale_shape(latent.shape, group_size))
+    return quantize_codes(latent, scale, levels, group_size), scale
+
+
+def _alternating_scale(w: Tensor, d: Tensor, init_scale: Tensor | None, levels: Sequence[float],
+                       max_iter: int) -> Tensor:
+    magnitudes = torch.tensor(levels, dtype=w.dtype, device=w.device)
+    thresholds = torch.tensor(midpoints(levels), dtype=w.dtype, device=w.device)
+    alpha = (d * w).sum(1) / d.sum(1)
+    if init_scale is not None:
+        alpha = init_scale.to(w.dtype).reshape(-1)
+    running = torch.ones_like(alpha, dtype=torch.bool)
+    for _ in range(max_iter):
+        beta = magnitudes[(w[..., None] >= alpha[:, None, None] * thresholds).sum(-1)]
+        denominator = (d * beta.square()).sum(1)
+        # Every weight on a zero level: α has no say in E; smaller is where E can fall.
+        refit = torch.where(denominator > 0, (d * beta * w).sum(1) / denominator, alpha / 2)
+        moved = (refit - alpha).abs() > ALTERNATING_TOLERANCE * alpha
+        alpha = torch.where(running, refit, alpha)
+        running &= moved
+        if not running.any():
+            break
+    return alpha
+
+
+def _exact_scale(w: Tensor, d: Tensor, levels: Sequence[float]) -> Tensor:
+    """For a fixed β the best E is ``½ (Σ d w² - A²/B)``, A = Σ dβ|w|, B = Σ dβ². As α falls, weights
+    cross thresholds one by one: sort the crossings, take prefix sums, keep the largest A²/B."""
+    best = []
+    for row, weight in zip(w, d, strict=True):
+        crossings, gain_a, gain_b = [], [], []
+        for low, high, mid in zip(levels, levels[1:], midpoints(levels), strict=False):
+            crossings.append(row / mid)
+            gain_a.append(weight * row * (high - low))
+            gain_b.append(weight * (high**2 - low**2))
+        order = torch.cat(crossings).argsort(descending=True)
+        start_a, start_b = levels[0] * (weight * row).sum(), levels[0] ** 2 * weight.sum()
+        a = torch.cat([start_a[None], start_a + torch.cat(gain_a)[order].cumsum(0)])
+        b = torch.cat([start_b[None], start_b + torch.cat(gain_b)[order].cumsum(0)])
+        at = torch.where(b > 0, a.square() / b, torch.zeros_like(b)).argmax()
+        best.append(torch.where(b[at] > 0, a[at] / b[at], torch.zeros_like(b[at])))
+    return torch.stack(best) if best else w.new_zeros(0)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Bit planes ``[bits, N, ceil(K/8)]`` of codes ``[N, ...]``, little-endian within a byte."""
+    n, k = matrix_shape(codes.shape)
+    flat = torch.nn.functional.pad(codes.reshape(n, k), (0, -k % 8)).reshape(n, -1, 8)
+    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=codes.device)
+    planes = [(((flat >> b) & 1) * weights).sum(-1, dtype=torch.uint8) for b in range(bits)]
+    return torch.stack(planes)
+
+
+def unpack_codes(qweight: Tensor, in_features: int) -> Tensor:
+    """Codes ``[N, in_features]``: the exact inverse of :func:`pack`."""
+    bits, n, _ = qweight.shape
+    positions = torch.arange(8, dtype=torch.uint8, device=qweight.device)
+    planes = ((qweight[..., None] >> positions) & 1).reshape(bits, n, -1)[..., :in_features]
+    codes = torch.zeros(n, in_features, dtype=torch.uint8, device=qweight.device)
+    for b in range(bits):
+        codes |= planes[b] << b
+    return codes
+
+
+def unpack(qweight: Tensor, scale: Tensor, levels: Sequence[float], group_size: int,
+           in_features: int, dtype: torch.dtype) -> Tensor:
+    """Quantized weight ``[N, in_features]``: ``round_to_dtype(level × scale)``."""
+    codes = unpack_codes(qweight, in_features)
+    return dequantize(codes, scale, levels, group_size).to(dtype)
