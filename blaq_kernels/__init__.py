@@ -1,3 +1,14 @@
-"""Ops of BLAQ: loss-aware training with 1- to 4-bit weights and inference from packed ones."""
+"""Ops of BLAQ: loss-aware training with 1- to 4-bit weights and inference from packed ones.
+
+Importing this package defines ``torch.ops.blaq``. It imports torch only and knows no optimizer and
+no module: those are in ``blaq``.
+"""
+
+from . import autograd, dispatch, schemas
 
 __version__ = "0.1.0"
+
+dispatch.requested_backend()
+schemas.define()
+dispatch.register()
+autograd.register()

@@ -62,10 +62,10 @@ def midpoints(levels: Sequence[float]) -> list[float]:
     return [(a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)]
 
 
-def check_levels(op: str, levels: Sequence[float]) -> None:
-    """Raise ValueError unless ``levels`` is a codebook: 1 to 8 finite magnitudes, ascending, last 1."""
-    rule = "have 1 to 8 ascending magnitudes in [0, 1], the largest 1.0"
-    ok = 1 <= len(levels) <= MAX_LEVELS and levels[-1] == 1.0 and levels[0] >= 0.0
+def check_levels(op: str, levels: Sequence[float], most: int = MAX_LEVELS) -> None:
+    """Raise ValueError unless ``levels`` is a codebook: 1 to ``most`` magnitudes, ascending, last 1."""
+    rule = f"have 1 to {most} ascending magnitudes in [0, 1], the largest 1.0"
+    ok = 1 <= len(levels) <= most and levels[-1] == 1.0 and levels[0] >= 0.0
     ok = ok and all(a < b for a, b in zip(levels, levels[1:], strict=False))
     if not ok:
         raise ValueError(f"blaq.{op}: levels must {rule}, got {list(levels)}")

@@ -57,7 +57,7 @@ def from_groups(groups: Tensor, shape: Sequence[int], group_size: int) -> Tensor
     """Inverse of :func:`to_groups`."""
     n, k = matrix_shape(shape)
     if group_size > 0:
-        groups = groups.reshape(n, -1)[:, :k]
+        groups = groups.reshape(n, -1)[:, :k].contiguous()
     return groups.reshape(shape)
 
 
@@ -202,3 +202,115 @@ def unpack(qweight: Tensor, scale: Tensor, levels: Sequence[float], group_size: 
     """Quantized weight ``[N, in_features]``: ``round_to_dtype(level × scale)``."""
     codes = unpack_codes(qweight, in_features)
     return dequantize(codes, scale, levels, group_size).to(dtype)
+
+
+def fake_quantize(latent: Tensor, scale: Tensor, levels: Sequence[float], group_size: int) -> Tensor:
+    """Nearest level × scale, rounded once to the latent's dtype; the gradient is in autograd.py."""
+    wide = latent.to(scale.dtype)
+    codes = quantize_codes(wide, scale, levels, group_size)
+    return dequantize(codes, scale, levels, group_size).to(latent.dtype)
+
+
+def _moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, beta1: float,
+             beta2: float) -> tuple[Tensor, Tensor]:
+    return (beta1 * exp_avg + (1 - beta1) * grad,
+            beta2 * exp_avg_sq + (1 - beta2) * (grad * grad))
+
+
+def _curvature(exp_avg_sq: Tensor, step: float, beta2: float, eps: float) -> Tensor:
+    """lr · D = sqrt(v̂) + eps. The learning rate cancels in every solve, so it is kept out: lr = 0,
+    as a warm-up has it, then needs no division by zero."""
+    return (exp_avg_sq / (1 - beta2**step)).sqrt() + eps
+
+
+def _target(latent: Tensor, exp_avg: Tensor, curvature: Tensor, lr: float, step: float,
+            beta1: float, weight_decay: float) -> Tensor:
+    """Eqs. 6 and 8, with decoupled weight decay: ``(1 - lr·λ) ω - lr · m̂ / (lr · D)``."""
+    decayed = latent * (1 - lr * weight_decay)
+    return decayed - lr * (exp_avg / (1 - beta1**step)) / curvature
+
+
+def _unscaled(grad: Tensor, grad_scale: Tensor | None) -> Tensor:
+    grad = grad.float()
+    return grad if grad_scale is None else grad / grad_scale.float()
+
+
+def _skips(found_inf: Tensor | None) -> bool:
+    return found_inf is not None and bool(found_inf.item() != 0)
+
+
+def fused_trial(params, grads, latents, exp_avgs, exp_avg_sqs, scales, lr, step, beta1, beta2, eps,
+                weight_decay, clip, levels, group_size, max_iter, method, grad_scale=None,
+                found_inf=None) -> None:
+    """Stage 1: writes ω̂* = solve(ω*, D) into ``params`` and changes nothing else. ``clip`` has no
+    part in stage 1: Eq. 6 does not clip."""
+    if _skips(found_inf):
+        return
+    rate, count = lr.item(), step.item()
+    for i, param in enumerate(params):
+        exp_avg, exp_avg_sq = _moments(_unscaled(grads[i], grad_scale), exp_avgs[i], exp_avg_sqs[i],
+                                       beta1, beta2)
+        curvature = _curvature(exp_avg_sq, count, beta2, eps)
+        target = _target(latents[i], exp_avg, curvature, rate, count, beta1, weight_decay)
+        codes, scale = solve(target, curvature, scales[i], levels, group_size, max_iter, method)
+        param.copy_(dequantize(codes, scale, levels, group_size))
+
+
+def fused_step(params, grads, trial_grads, latents, exp_avgs, exp_avg_sqs, scales, lr, step,
+               backtrack, beta1, beta2, eps, weight_decay, clip, levels, group_size, max_iter,
+               method, grad_scale=None, found_inf=None, flips=None) -> None:
+    """Stage 2, from ω^t again: blend (Eqs. 9, 10), commit the moments, Eq. 8, Eq. 7.
+
+    Without ``trial_grads`` it is LAQ. With ``found_inf`` set nothing changes, but for ``params``,
+    which go back to the codes of (latent, scale) that a trial may have overwritten. ``flips[i]``
+    becomes the number of codes that this step changed.
+    """
+    rate, count, a = lr.item(), step.item(), backtrack.item()
+    skip = _skips(found_inf)
+    for i, param in enumerate(params):
+        old_codes = quantize_codes(latents[i], scales[i], levels, group_size)
+        if skip:
+            param.copy_(dequantize(old_codes, scales[i], levels, group_size))
+        else:
+            grad = _unscaled(grads[i], grad_scale)
+            curvature = _curvature(_moments(grad, exp_avgs[i], exp_avg_sqs[i], beta1, beta2)[1],
+                                   count, beta2, eps)
+            if len(trial_grads):
+                trial = _unscaled(trial_grads[i], grad_scale)
+                trial_sq = _moments(trial, exp_avgs[i], exp_avg_sqs[i], beta1, beta2)[1]
+                curvature = blend(curvature, _curvature(trial_sq, count, beta2, eps), a)  # Eq. 10
+                grad = blend(grad, trial, a)  # Eq. 9
+            exp_avg, exp_avg_sq = _moments(grad, exp_avgs[i], exp_avg_sqs[i], beta1, beta2)
+            target = _target(latents[i], exp_avg, curvature, rate, count, beta1, weight_decay)
+            if clip > 0:
+                target = target.clamp(-clip, clip)
+            codes, scale = solve(target, curvature, scales[i], levels, group_size, max_iter, method)
+            exp_avgs[i].copy_(exp_avg)
+            exp_avg_sqs[i].copy_(exp_avg_sq)
+            latents[i].copy_(target)
+            scales[i].copy_(scale)
+            param.copy_(dequantize(codes, scale, levels, group_size))
+            if flips is not None:
+                flips[i] = (codes != old_codes).sum()
+        if skip and flips is not None:
+            flips[i] = 0
+
+
+def packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                  levels: Sequence[float], group_size: int) -> Tensor:
+    """``input @ unpack(qweight).T + bias``, the weight as training had it in the input's dtype."""
+    weight = unpack(qweight, scale, levels, group_size, input.shape[-1], input.dtype)
+    return torch.nn.functional.linear(input, weight, bias)
+
+
+def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                  levels: Sequence[float], group_size: int, kernel_size: Sequence[int],
+                  stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+                  groups: int) -> Tensor:
+    """``conv2d`` with the unpacked weight ``[out, in/groups, kh, kw]``."""
+    channels = input.shape[1] // groups
+    in_features = channels * kernel_size[0] * kernel_size[1]
+    weight = unpack(qweight, scale, levels, group_size, in_features, input.dtype)
+    weight = weight.reshape(-1, channels, *kernel_size)
+    return torch.nn.functional.conv2d(input, weight, bias, list(stride), list(padding),
+                                      list(dilation), groups)
