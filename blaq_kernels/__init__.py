@@ -5,10 +5,13 @@ no module: those are in ``blaq``.
 """
 
 from . import autograd, dispatch, schemas
+from .dispatch import cpu_capabilities, cpu_capability, serving, set_cpu_capability
+
+__all__ = ["cpu_capabilities", "cpu_capability", "serving", "set_cpu_capability"]
 
 __version__ = "0.1.0"
 
-dispatch.requested_backend()
+dispatch.requested_backend()  # a bad value ends here, before anything is registered
 schemas.define()
 dispatch.register()
 autograd.register()
