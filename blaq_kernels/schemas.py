@@ -56,17 +56,15 @@ SCHEMAS = {
 }
 
 
-def require(condition: bool, op: str, argument: str, rule: str, value: object,
-            error: type[Exception] = ValueError) -> None:
+def require(condition: bool, op: str, argument: str, rule: str, value: object) -> None:
     """Raise ``blaq.<op>: <argument> must <rule>, got <value>`` unless the condition holds."""
     if not condition:
-        raise error(f"blaq.{op}: {argument} must {rule}, got {value}")
+        raise ValueError(f"blaq.{op}: {argument} must {rule}, got {value}")
 
 
 def _dtype_in(op: str, name: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
     names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
-    require(x.dtype in allowed, op, name, f"be {names}", str(x.dtype).removeprefix("torch."),
-            TypeError)
+    require(x.dtype in allowed, op, name, f"be {names}", str(x.dtype).removeprefix("torch."))
 
 
 def _contiguous(op: str, name: str, x: Tensor) -> None:
@@ -289,8 +287,7 @@ def check_unpack(qweight: Tensor, scale: Tensor, levels: Sequence[float], group_
     _check_qweight(op, qweight, scale, levels, group_size, in_features,
                    (torch.float32, torch.float64))
     names = " or ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
-    require(dtype in FLOAT_DTYPES, op, "dtype", f"be {names}", str(dtype).removeprefix("torch."),
-            TypeError)
+    require(dtype in FLOAT_DTYPES, op, "dtype", f"be {names}", str(dtype).removeprefix("torch."))
 
 
 def _check_packed_input(op: str, input: Tensor, qweight: Tensor, bias: Tensor | None) -> None:
