@@ -57,7 +57,7 @@ def from_groups(groups: Tensor, shape: Sequence[int], group_size: int) -> Tensor
     """Inverse of :func:`to_groups`."""
     n, k = matrix_shape(shape)
     if group_size > 0:
-        groups = groups.reshape(n, -1)[:, :k].contiguous()
+        groups = groups.reshape(n, -(-k // group_size) * group_size)[:, :k].contiguous()
     return groups.reshape(shape)
 
 

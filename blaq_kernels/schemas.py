@@ -137,6 +137,10 @@ def check_solve(latent: Tensor, curvature: Tensor, init_scale: Tensor | None,
     if init_scale is not None:
         _scale(op, "init_scale", init_scale, latent.shape, group_size, (torch.float32,),
                latent.device)
+    for name, x in (("latent", latent), ("curvature", curvature)):
+        if is_real(x):
+            bad = x[~x.isfinite()]
+            require(bad.numel() == 0, op, name, "be finite", bad[:1].tolist())
 
 
 def _check_step_scalars(op: str, lr: Tensor, step: Tensor, beta1: float, beta2: float, eps: float,
