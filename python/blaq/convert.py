@@ -1,0 +1,162 @@
+"""Between float and packed models: ``pack`` and ``unpack``, exact inverses, each all or nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blaq_kernels.codebook import MAX_LEVELS, levels_of
+
+from .encoding import recover_scale
+from .nn import PackedConv2d, PackedLayer, PackedLinear
+from .quantization import Quantization, quantization_of, record
+
+__all__ = ["pack", "unpack"]
+
+PACKED_OF: dict[type[nn.Module], type[PackedLayer]] = {
+    nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
+log = logging.getLogger("blaq")
+
+
+@torch.no_grad()
+def pack(model: nn.Module, *, bits: int | None = None, codebook: str = "pow2", group_size: int = 0,
+         skip: Collection[str] = ()) -> nn.Module:
+    """Replace every quantized Linear and Conv2d by its packed layer, losing nothing.
+
+    The model is changed in place and returned; a model that is itself a layer is returned packed.
+    Every layer is packed and compared with its float weight, bit for bit, before any is replaced.
+
+    Without ``bits``, the layers that a BLAQ optimizer quantized are packed as it quantized them.
+    With ``bits``, every layer is, by its values alone: for a model loaded from a float checkpoint,
+    or a deep copy, which no optimizer knows.
+
+    Left in float, and named at INFO: codes of more than 8 levels; subclasses of the two layers
+    (parametrized ones are) and other kinds of layer, whose forward may be another; weights that are
+    not a plain parameter, are empty, or are shared with a module that stays in float. Packed layers
+    that shared a weight share its codes.
+
+    Args:
+        bits: 1 to 4, the width of a code; None takes what the optimizer recorded.
+        codebook: name of the codebook, as ``levels_of`` knows it; used with ``bits``.
+        group_size: 0, -1 or g > 0; used with ``bits``.
+        skip: names of modules to leave in float, with all that is inside them.
+
+    Raises:
+        ValueError: a weight, named, is not ``level × scale`` bit for bit; ``skip`` has an unknown
+            name; there is nothing to pack. The model is unchanged.
+    """
+    if group_size < -1:
+        raise ValueError(f"blaq.pack: group_size must be 0, -1 or positive, got {group_size}")
+    levels = None if bits is None else levels_of(codebook, bits)
+    names = dict(model.named_modules(remove_duplicate=False))
+    skipped = _skipped(names, skip)
+    wanted = {m: name for name, m in _unique(names)
+              if (_recorded(m) if levels is None else isinstance(m, tuple(PACKED_OF)))}
+    if not wanted and not any(isinstance(m, PackedLayer) for m in names.values()):
+        rule = ("have a layer that an optimizer quantized; try bits=…" if levels is None
+                else "have a Linear or Conv2d")
+        raise ValueError(f"blaq.pack: model must {rule}, got none")
+    chosen = {m: name for m, name in wanted.items() if m not in skipped}
+    packed: dict[nn.Module, PackedLayer] = {}
+    for layer, name in _packable(chosen, names).items():
+        quantization = (quantization_of(layer.weight) if levels is None else Quantization(
+            levels, group_size, recover_scale(layer.weight, levels, group_size)))
+        packed[layer] = PACKED_OF[type(layer)].from_float(layer, quantization,
+                                                          f"{name}.weight".lstrip("."))
+    _share(packed, "weight", ("qweight", "scale"))
+    return replace(model, packed)
+
+
+@torch.no_grad()
+def unpack(model: nn.Module) -> nn.Module:
+    """Replace every packed layer by its float layer: the exact inverse of :func:`pack`, in place.
+
+    The weights come out quantized, bit for bit as they went in, and known as such, so that ``pack``
+    needs no ``bits``. A model that is itself one packed layer is returned as a float layer.
+    """
+    layers = {m: m.to_float() for m in model.modules() if isinstance(m, PackedLayer)}
+    _share(layers, "qweight", ("weight",))
+    for layer, plain in layers.items():
+        record(plain.weight, Quantization(layer.levels, layer.group_size, layer.scale.detach()))
+    return replace(model, layers)
+
+
+def replace(model: nn.Module, new: dict[Any, Any]) -> nn.Module:
+    """Put ``new[layer]`` wherever ``layer`` stands in the model, with its hooks."""
+    for old, layer in new.items():
+        for key in vars(old):
+            if key.startswith(("_forward_", "_backward_", "_is_full_backward")):
+                layer.__dict__[key] = old.__dict__[key]
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in new:
+                parent.add_module(name, new[child])
+    return new.get(model, model)
+
+
+def _unique(names: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    seen: set[nn.Module] = set()
+    for name, module in names.items():
+        if module not in seen:
+            seen.add(module)
+            yield name, module
+
+
+def _recorded(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and quantization_of(weight) is not None
+
+
+def _skipped(names: dict[str, nn.Module], skip: Collection[str]) -> set[nn.Module]:
+    if isinstance(skip, str):
+        raise TypeError(f"blaq.pack: skip must be a collection of names, got {skip!r}")
+    for name in skip:
+        if name not in names:
+            raise ValueError(f"blaq.pack: skip must name modules of the model, got {name!r}")
+    return {inner for name in skip for inner in names[name].modules()}
+
+
+def _packable(chosen: dict[nn.Module, str], names: dict[str, nn.Module]) -> dict[nn.Module, str]:
+    """The chosen layers that can be packed; why another cannot is logged."""
+    reasons = {layer: _obstacle(layer) for layer in chosen}
+    holders: dict[int, set[nn.Module]] = {}
+    for module in names.values():
+        for param in module._parameters.values():
+            holders.setdefault(id(param), set()).add(module)
+    for layer in chosen:
+        if reasons[layer] is None:
+            shared = holders[id(layer.weight)]
+            if any(reasons.get(other, "not chosen") for other in shared):
+                reasons[layer] = "its weight is shared with a module that stays float"
+    for layer, name in chosen.items():
+        if reasons[layer] is not None:
+            log.info("blaq.pack: %s stays float: %s", name or "the model", reasons[layer])
+    return {layer: name for layer, name in chosen.items() if reasons[layer] is None}
+
+
+def _obstacle(layer: nn.Module) -> str | None:
+    weight = layer._parameters.get("weight")
+    if type(layer) not in PACKED_OF:
+        return f"only Linear and Conv2d are packed, not {type(layer).__name__}"
+    if weight is None:
+        return "its weight is no plain parameter"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    quantization = quantization_of(weight)
+    if quantization is not None and len(quantization.levels) > MAX_LEVELS:
+        return f"{quantization.bits}-bit codes are too wide to pack"
+    return None
+
+
+def _share(new: dict[Any, Any], tied: str, copies: tuple[str, ...]) -> None:
+    """Layers that had one tensor ``tied`` in common get their ``copies`` in common."""
+    first: dict[int, nn.Module] = {}
+    for old, layer in new.items():
+        source: Tensor = getattr(old, tied)
+        original = first.setdefault(id(source), layer)
+        for name in copies:
+            setattr(layer, name, getattr(original, name))

@@ -1,0 +1,235 @@
+"""Layers that compute from bit-packed weights: ``PackedLinear`` and ``PackedConv2d``.
+
+They take the place of ``nn.Linear`` and ``nn.Conv2d`` and look like them: the same attributes, and
+a ``weight`` that decodes on every read. ``qweight`` and ``scale`` are buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.utils import _pair
+
+from blaq_kernels.codebook import bits_of, check_levels
+from blaq_kernels.reference import matrix_shape, scale_shape
+
+from .encoding import encode
+from .quantization import Quantization
+
+__all__ = ["PackedConv2d", "PackedLinear"]
+
+P = TypeVar("P", bound="PackedLayer")
+
+
+class PackedLayer(nn.Module):
+    """What the packed layers share: the packed weight, its decoding, and the ways in and out.
+
+    Attributes:
+        qweight: uint8 ``[bits, N, ceil(K/8)]``, bit planes of the codes (docs/format.md).
+        scale: float32 ``[1]``, ``[N, 1]`` or ``[N, ceil(K/g)]``; float32 it stays, whatever dtype
+            the module is cast to (float64 after ``.double()``). ``scale.requires_grad_()`` makes it
+            trainable, for an optimizer that is given ``layer.scale``.
+        bias: ``[N]`` in the module's dtype, or None.
+        levels, bits, group_size: the codebook and the grouping.
+        dtype: of ``weight``; casting the module changes it and ``bias``, never the codes.
+    """
+
+    FLOAT: ClassVar[type[nn.Module]]
+    GEOMETRY: ClassVar[tuple[str, ...]]
+    """Constructor arguments, and attributes, that the float layer has too."""
+
+    qweight: Tensor
+    scale: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, weight_shape: Sequence[int], bias: bool, levels: Sequence[float],
+                 group_size: int, device: Any, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        check_levels(type(self).__name__, levels)
+        if group_size < -1:
+            raise ValueError(f"blaq.{type(self).__name__}: group_size must be 0, -1 or positive, "
+                             f"got {group_size}")
+        self.weight_shape = tuple(weight_shape)
+        self.levels = tuple(float(level) for level in levels)
+        self.bits = bits_of(levels)
+        self.group_size = group_size
+        self.dtype = dtype or torch.get_default_dtype()
+        n, k = matrix_shape(weight_shape)
+        self.register_buffer("qweight", torch.zeros(self.bits, n, (k + 7) // 8, dtype=torch.uint8,
+                                                    device=device))
+        self.register_buffer("scale", torch.ones(scale_shape(weight_shape, group_size),
+                                                 dtype=torch.float32, device=device))
+        self.bias = nn.Parameter(torch.zeros(n, device=device, dtype=self.dtype)) if bias else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The quantized weight in ``dtype``, decoded anew on every read; not a parameter."""
+        flat: Tensor = torch.ops.blaq.unpack.default(
+            self.qweight, self.scale.detach(), self.levels, self.group_size,
+            matrix_shape(self.weight_shape)[1], self.dtype)
+        return flat.reshape(self.weight_shape)
+
+    @classmethod
+    def like(cls: type[P], layer: nn.Module, levels: Sequence[float], group_size: int,
+             dtype: torch.dtype) -> P:
+        """A layer of this geometry, float or packed, whose tensors are still on the meta device."""
+        geometry = {name: getattr(layer, name) for name in cls.GEOMETRY}
+        packed = cls(**geometry, bias=layer.bias is not None, levels=levels,
+                     group_size=group_size, device="meta", dtype=dtype)
+        return packed.train(layer.training)
+
+    @classmethod
+    def from_float(cls: type[P], layer: nn.Module, quantization: Quantization,
+                   name: str = "weight") -> P:
+        """Pack a float layer whose weight is quantized; ``bias`` is the same parameter.
+
+        Raises:
+            ValueError: a value is not ``level × scale`` bit for bit; the message calls it ``name``.
+        """
+        levels, group_size = quantization.levels, quantization.group_size
+        weight = layer.weight
+        qweight = encode(name, weight, levels, group_size, quantization.scale)
+        packed = cls.like(layer, levels, group_size, weight.dtype)
+        packed.qweight = qweight
+        packed.scale = quantization.scale.detach().to(weight.device, copy=True)
+        packed.bias = layer.bias
+        return packed
+
+    def to_float(self) -> nn.Module:
+        """The float layer with the same weight, bit for bit: the inverse of :meth:`from_float`."""
+        geometry = {name: getattr(self, name) for name in self.GEOMETRY}
+        layer = self.FLOAT(**geometry, bias=self.bias is not None, device="meta", dtype=self.dtype)
+        layer.weight = nn.Parameter(self.weight)
+        layer.bias = self.bias
+        return layer.train(self.training)
+
+    def _operands(self, input: Tensor, dim: int, features: str) -> tuple[Tensor, Tensor | None]:
+        """Input and bias in the dtype to compute in: autocast casts them, as it does for the float
+        layers; the weight is decoded to the input's dtype by the op. The size is checked here: the
+        op sees only K rounded up to bytes."""
+        size = getattr(self, features)
+        if input.shape[dim] != size:
+            raise ValueError(f"blaq.{type(self).__name__}: input must have {features} = {size} in "
+                             f"dimension {dim}, got shape {list(input.shape)}")
+        kind = input.device.type
+        if not torch.is_autocast_enabled(kind):
+            return input, self.bias
+        input = input.to(torch.get_autocast_dtype(kind))
+        return input, None if self.bias is None else self.bias.to(input.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
+        """Keeps ``scale`` wide: a scale rounded to 16 bits would change every weight."""
+        scale, probe = self.scale, fn(self.scale.new_empty(0, dtype=self.dtype))
+        super()._apply(fn, recurse)
+        self.dtype = probe.dtype
+        wide = torch.float64 if probe.dtype == torch.float64 else torch.float32
+        moved = self.scale if self.scale.dtype == wide else scale.to(self.scale.device, wide)
+        if moved is not scale:
+            moved = moved.detach().requires_grad_(scale.requires_grad)
+        self.scale = moved
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """``[group_size, *levels]``, float64, so that a state_dict holds tensors only."""
+        return torch.tensor([self.group_size, *self.levels], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuses codes of another codebook, which would load and mean other weights."""
+        if state.tolist() != [self.group_size, *self.levels]:
+            group_size, *levels = state.tolist()
+            raise ValueError(
+                f"blaq.{type(self).__name__}: state_dict must have levels {list(self.levels)} and "
+                f"group_size {self.group_size}, got {levels} and {group_size:g}")
+
+    def extra_repr(self) -> str:
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.GEOMETRY)
+        return (f"{shown}, bias={self.bias is not None}, bits={self.bits}, "
+                f"levels=[{', '.join(f'{level:g}' for level in self.levels)}], "
+                f"group_size={self.group_size}")
+
+
+class PackedLinear(PackedLayer):
+    """``nn.Linear`` from a packed weight: ``input [..., K]`` → ``[..., N]`` in the input's dtype.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as ``nn.Linear`` has them.
+        levels: ascending magnitudes of the codebook, at most 8, the largest 1.0.
+        group_size: 0 one scale for the tensor, -1 one a row, g > 0 one for each g inputs of a row.
+
+    >>> layer = PackedLinear(8, 2, levels=(1.0,), bias=False)
+    >>> layer(torch.ones(1, 8))
+    tensor([[8., 8.]])
+    """
+
+    FLOAT = nn.Linear
+    GEOMETRY = ("in_features", "out_features")
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *,
+                 levels: Sequence[float], group_size: int = 0, device: Any = None,
+                 dtype: torch.dtype | None = None) -> None:
+        super().__init__((out_features, in_features), bias, levels, group_size, device, dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        input, bias = self._operands(input, -1, "in_features")
+        return torch.ops.blaq.packed_linear.default(input, self.qweight, self.scale, bias,
+                                                    self.levels, self.group_size)
+
+
+class PackedConv2d(PackedLayer):
+    """``nn.Conv2d`` from a packed weight, every padding and ``padding_mode`` included.
+
+    Args:
+        in_channels … padding_mode, device, dtype: as ``nn.Conv2d`` has them.
+        levels: ascending magnitudes of the codebook, at most 8, the largest 1.0.
+        group_size: 0 one scale for the tensor, -1 one for each output channel, g > 0 one for each g
+            of an output channel's ``in/groups · kh · kw`` weights.
+    """
+
+    FLOAT = nn.Conv2d
+    GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation",
+                "groups", "padding_mode")
+    transposed = False
+    output_padding = (0, 0)
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
+                 stride: int | tuple[int, int] = 1, padding: int | str | tuple[int, int] = 0,
+                 dilation: int | tuple[int, int] = 1, groups: int = 1, bias: bool = True,
+                 padding_mode: str = "zeros", *, levels: Sequence[float], group_size: int = 0,
+                 device: Any = None, dtype: torch.dtype | None = None) -> None:
+        # The float layer, without memory, checks the arguments and brings each to its full form.
+        like = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                         bias, padding_mode, device="meta", dtype=dtype)
+        super().__init__(like.weight.shape, bias, levels, group_size, device, dtype)
+        for name in self.GEOMETRY:
+            setattr(self, name, getattr(like, name))
+        self._pad_first, self._op_padding = self._resolve_padding()
+
+    def _resolve_padding(self) -> tuple[list[int] | None, tuple[int, int]]:
+        """What ``F.pad`` does first, if anything, and the symmetric zero padding left to the op."""
+        before, after = [0, 0], [0, 0]
+        if self.padding == "same":  # an even kernel needs one more after than before
+            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            before = [t // 2 for t in total]
+            after = [t - b for t, b in zip(total, before, strict=True)]
+        elif self.padding != "valid":
+            before = after = list(_pair(self.padding))
+        if self.padding_mode == "zeros" and before == after:
+            return None, (before[0], before[1])
+        return [before[1], after[1], before[0], after[0]], (0, 0)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 3:
+            return self(input[None])[0]
+        input, bias = self._operands(input, -3, "in_channels")
+        if self._pad_first is not None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, self._pad_first, mode=mode)
+        return torch.ops.blaq.packed_conv2d.default(
+            input, self.qweight, self.scale, bias, self.levels, self.group_size, self.kernel_size,
+            self.stride, self._op_padding, self.dilation, self.groups)
