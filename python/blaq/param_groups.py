@@ -1,0 +1,123 @@
+"""Which layers are quantized, and to how many bits: parameter groups for :class:`blaq.BLAQ`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from blaq_kernels.schemas import require
+
+from .codebook import levels_for
+
+__all__ = ["param_groups"]
+
+Width = int | str | None
+QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+WIDTHS = (1, 2, 3, 4, 8)
+
+
+def param_groups(model: nn.Module, bits: Width | Mapping[str, Width] = 1, *,
+                 skip: Iterable[str] = (), first: Width = None, last: Width = None,
+                 codebook: str | Sequence[float] = "pow2",
+                 group_size: int = 0) -> list[dict[str, Any]]:
+    """Split a model's parameters by the width that their layer is quantized to.
+
+    The weights of Linear and Conv layers are quantized; norms, biases and embeddings (also one that
+    is tied to a Linear) never are. A shared parameter counts once, frozen ones are left out.
+
+    Args:
+        model: plain, compiled or wrapped for data parallelism; the optimizer keeps its buffers
+            from the trial evaluation.
+        bits: 1 to 4; 8 (uniform grid, trained by AdamW through ``fake_quantize``); ``"fp"``: not
+            quantized. Or a dict from layer name or pattern (``"layer1.*"``; the first match counts)
+            to one of these; layers without a match stay in full precision.
+        skip: names or patterns of layers that stay in full precision.
+        first, last: width of the first and the last quantizable layer in the order of
+            ``model.named_modules()``; None: as ``bits`` says. Often 8 or ``"fp"`` in the literature;
+            the paper quantizes every layer of its small networks.
+        codebook: a name that :func:`blaq.levels_of` knows, or magnitudes; see :func:`blaq.levels_for`.
+        group_size: 0 one scale for a tensor (the paper), -1 for a row, g > 0 for g inputs.
+
+    Returns:
+        Groups that carry names (``param_names``), ``bits``, ``codebook``, ``group_size``, ``model``.
+        Add keys (``lr``, ``weight_decay``, …) to a group as to any optimizer's.
+
+    Raises:
+        ValueError: a name in ``skip`` or ``bits`` matches no layer, a width or codebook does not
+            exist, or two names of one shared weight ask for different widths.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    >>> [(g["bits"], [n for n, _ in g["params"]]) for g in param_groups(model, bits=1, last=8)]
+    [(1, ['0.weight']), (8, ['2.weight']), (None, ['0.bias', '1.weight', '1.bias', '2.bias'])]
+    """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    layers = {_plain(name): module for name, module in model.named_modules(remove_duplicate=False)
+              if isinstance(module, QUANTIZABLE)}
+    widths = _widths(list(layers), bits, [skip] if isinstance(skip, str) else list(skip))
+    for argument, width, name in (("first", first, [*layers][:1]), ("last", last, [*layers][-1:])):
+        if width is not None:
+            widths.update(dict.fromkeys(name, _width(argument, width)))
+    by_param = _by_param(model, layers, widths)
+    for width in sorted({w for w in by_param.values() if w is not None}):
+        levels_for(codebook, width)
+
+    members: dict[int | None, list[tuple[str, Tensor]]] = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            width = by_param.get(param)
+            members.setdefault(width, []).append((_plain(name), param))
+    options = {"codebook": codebook, "group_size": group_size, "model": model}
+    return [{"params": members[width], "bits": width, **options}
+            for width in sorted(members, key=lambda w: (w is None, w))]
+
+
+def _plain(name: str) -> str:
+    """A name without the parts that torch.compile puts in."""
+    return name.replace("_orig_mod.", "")
+
+
+def _width(argument: str, width: Width) -> int | None:
+    """None for full precision, which users write as "fp"."""
+    if width is None or width == "fp":
+        return None
+    known = isinstance(width, int) and not isinstance(width, bool) and width in WIDTHS
+    require(known, "param_groups", argument, "be 1, 2, 3, 4, 8 or 'fp'", repr(width))
+    return width
+
+
+def _widths(layers: list[str], bits: Width | Mapping[str, Width],
+            skip: list[str]) -> dict[str, int | None]:
+    """Width of every layer by name."""
+    rules = dict(bits) if isinstance(bits, Mapping) else {}
+    for argument, patterns in (("skip", skip), ("bits", rules)):
+        for pattern in patterns:
+            require(any(fnmatchcase(name, pattern) for name in layers), "param_groups", argument,
+                    f"name layers of the model ({', '.join(layers) or 'it has none'})",
+                    repr(pattern))
+    if not isinstance(bits, Mapping):
+        rules = {"*": _width("bits", bits)}
+    rules = {**dict.fromkeys(skip, None), **{k: _width("bits", v) for k, v in rules.items()
+                                             if k not in skip}}
+    return {name: next((w for pattern, w in rules.items() if fnmatchcase(name, pattern)), None)
+            for name in layers}
+
+
+def _by_param(model: nn.Module, layers: dict[str, nn.Module],
+              widths: dict[str, int | None]) -> dict[Tensor, int | None]:
+    """Width of every layer's weight; an embedding's is full precision, whoever shares it."""
+    embedded = {id(m.weight) for m in model.modules()
+                if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    found: dict[Tensor, int | None] = {}
+    for name, module in layers.items():
+        weight = module._parameters.get("weight")
+        if weight is None:  # computed by a parametrization: no leaf to quantize
+            continue
+        width = None if id(weight) in embedded else widths[name]
+        require(found.setdefault(weight, width) == width, "param_groups", "bits",
+                "be one width for a weight that layers share", f"{found[weight]} and {width} at {name!r}")
+    return found
