@@ -1,0 +1,145 @@
+"""How restless the quantized weights are: flips, oscillations, and the paper's Table 1.
+
+All read codes and latent weights from the optimizer's state after a step; nothing is kept in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from blaq_kernels.codebook import bits_of
+from blaq_kernels.reference import quantize_codes
+
+from .optim import BLAQ
+from .quantization import Quantization, quantization_of
+
+__all__ = ["AmplitudeTracker", "OscillationTracker", "flip_ratio"]
+
+
+def _quantized(optimizer: BLAQ) -> Iterator[tuple[Tensor, Tensor, Quantization]]:
+    """(param, latent, quantization) of every parameter of 1 to 4 bits."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            quantization = quantization_of(param)
+            if quantization is not None and quantization.flips is not None:
+                yield param, optimizer.state[param]["latent"], quantization
+
+
+def _rank(latent: Tensor, quantization: Quantization) -> Tensor:
+    """Signed place of each weight's level, int8: larger is a larger value; -8 to 8."""
+    levels = quantization.levels
+    codes = quantize_codes(latent, quantization.scale, levels, quantization.group_size)
+    sign_bit = bits_of(levels) - 1
+    place = (codes & ((1 << sign_bit) - 1)).to(torch.int8) + (0 if levels[0] == 0.0 else 1)
+    return torch.where((codes >> sign_bit) == 1, -place, place)
+
+
+def flip_ratio(optimizer: BLAQ) -> float:
+    """Share of the 1- to 4-bit weights whose code the last step changed; the kernel counted them.
+
+    0.0 before the first step, and where nothing is quantized.
+    """
+    counts = [(quantization.flips, param.numel()) for param, _, quantization in _quantized(optimizer)
+              if quantization.flips is not None]
+    total = sum(numel for _, numel in counts)
+    return sum(int(flips) for flips, _ in counts) / total if total else 0.0
+
+
+class OscillationTracker:
+    """Oscillation frequency of each weight (Nagel et al., 2022, arXiv 2203.11086, Eq. 3).
+
+    An oscillation is a change of code opposite in direction to the weight's last change; its
+    frequency is the exponential average f ← (1 - momentum) f + momentum · oscillates. Call
+    :meth:`update` after every step. Memory: 6 bytes a weight.
+
+    Args:
+        optimizer: whose 1- to 4-bit weights are followed.
+        momentum: of the exponential average, in (0, 1]; Nagel et al. use 0.01.
+    """
+
+    def __init__(self, optimizer: BLAQ, momentum: float = 0.01) -> None:
+        if not 0.0 < momentum <= 1.0:
+            raise ValueError(f"blaq.OscillationTracker: momentum must be in (0, 1], got {momentum}")
+        self.optimizer, self.momentum = optimizer, momentum
+        self._seen: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
+        self._look()
+
+    def _look(self) -> Iterator[tuple[Tensor, Tensor]] | None:
+        for param, latent, quantization in _quantized(self.optimizer):
+            if param not in self._seen:
+                rank = _rank(latent, quantization)
+                self._seen[param] = (rank, torch.zeros_like(rank),
+                                     torch.zeros_like(latent, dtype=torch.float32))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the step that was just made."""
+        for param, latent, quantization in _quantized(self.optimizer):
+            rank, direction, frequency = self._seen[param]
+            new = _rank(latent, quantization)
+            change = (new - rank).sign()
+            oscillates = (change * direction) < 0
+            frequency.lerp_(oscillates.float(), self.momentum)
+            direction.copy_(torch.where(change == 0, direction, change))
+            rank.copy_(new)
+
+    def frequency(self) -> float:
+        """Mean over all weights."""
+        return self._mean(lambda f: f)
+
+    def share_above(self, threshold: float = 0.005) -> float:
+        """Share of weights that oscillate more often than ``threshold`` (Nagel et al.: 0.005)."""
+        return self._mean(lambda f: f > threshold)
+
+    def _mean(self, of) -> float:
+        total = sum(f.numel() for _, _, f in self._seen.values())
+        return sum(of(f).double().sum().item() for _, _, f in self._seen.values()) / max(total, 1)
+
+
+class AmplitudeTracker:
+    """The two columns of the paper's Table 1, over a window of steps.
+
+    ``amplitude``: (max - min) / 2 of a latent weight over the window; ``frequency``: how often its
+    code changed in the window. Both are means over all 1- to 4-bit weights. Call :meth:`update`
+    after every step; :meth:`reset` begins a window. Memory: 11 bytes a weight.
+    """
+
+    def __init__(self, optimizer: BLAQ) -> None:
+        self.optimizer = optimizer
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Begin a window at the weights as they are."""
+        self.steps = 0
+        self._seen = {param: (latent.clone(), latent.clone(), _rank(latent, quantization),
+                              torch.zeros_like(latent, dtype=torch.int16))
+                      for param, latent, quantization in _quantized(self.optimizer)}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the step that was just made."""
+        self.steps += 1
+        for param, latent, quantization in _quantized(self.optimizer):
+            low, high, rank, changes = self._seen[param]
+            torch.minimum(low, latent, out=low)
+            torch.maximum(high, latent, out=high)
+            new = _rank(latent, quantization)
+            changes += new != rank
+            rank.copy_(new)
+
+    def amplitude(self) -> float:
+        """Mean (max - min) / 2 of the latent weights, in their unit."""
+        return self._mean(lambda low, high, changes: (high - low) / 2)
+
+    def frequency(self) -> float:
+        """Mean number of code changes of a weight in the window."""
+        return self._mean(lambda low, high, changes: changes)
+
+    def _mean(self, of) -> float:
+        seen = [of(low, high, changes) for low, high, _, changes in self._seen.values()]
+        total = sum(x.numel() for x in seen)
+        return sum(x.double().sum().item() for x in seen) / max(total, 1)
