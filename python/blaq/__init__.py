@@ -5,6 +5,7 @@ import blaq_kernels
 from . import functional
 from .codebook import bits_of, levels_for, levels_of
 from .convert import pack, unpack
+from .io import PackedFile, inspect, load, save
 from .metrics import AmplitudeTracker, OscillationTracker, flip_ratio
 from .nn import PackedConv2d, PackedLinear
 from .optim import BLAQ
@@ -13,9 +14,9 @@ from .quantization import Quantization, quantization_of
 from .trial import RandomState, trial_pass
 
 __all__ = [
-    "BLAQ", "AmplitudeTracker", "OscillationTracker", "PackedConv2d", "PackedLinear", "Quantization",
-    "RandomState", "bits_of", "flip_ratio", "functional", "levels_for", "levels_of", "pack",
-    "param_groups", "quantization_of", "trial_pass", "unpack",
+    "BLAQ", "AmplitudeTracker", "OscillationTracker", "PackedConv2d", "PackedFile", "PackedLinear",
+    "Quantization", "RandomState", "bits_of", "flip_ratio", "functional", "inspect", "levels_for",
+    "levels_of", "load", "pack", "param_groups", "quantization_of", "save", "trial_pass", "unpack",
 ]
 
 __version__ = blaq_kernels.__version__

@@ -36,8 +36,8 @@ def pack(model: nn.Module, *, bits: int | None = None, codebook: str = "pow2", g
 
     Left in float, and named at INFO: codes of more than 8 levels; subclasses of the two layers
     (parametrized ones are) and other kinds of layer, whose forward may be another; weights that are
-    not a plain parameter, are empty, or are shared with a module that stays in float. Packed layers
-    that shared a weight share its codes.
+    not a plain parameter, are empty, or are shared with a module that stays in float; layers with
+    tensors of their own beside weight and bias. Packed layers that shared a weight share its codes.
 
     Args:
         bits: 1 to 4, the width of a code; None takes what the optimizer recorded.
@@ -146,6 +146,8 @@ def _obstacle(layer: nn.Module) -> str | None:
         return "its weight is no plain parameter"
     if weight.numel() == 0:
         return "its weight is empty"
+    if set(layer._parameters) - {"weight", "bias"} or layer._buffers or layer._modules:
+        return "it has tensors or modules of its own"
     quantization = quantization_of(weight)
     if quantization is not None and len(quantization.levels) > MAX_LEVELS:
         return f"{quantization.bits}-bit codes are too wide to pack"
