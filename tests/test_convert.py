@@ -123,12 +123,16 @@ def test_skip_names_modules_with_all_inside():
     blaq.pack(model, skip=["0", "1.6"])
     assert not any(isinstance(m, PackedLinear | PackedConv2d) for m in model[0])
     assert kinds(model[1]).count("PackedLinear") == 1
+    model = blaq.pack(small_net(), skip="[36]")
+    assert not isinstance(model[6], PackedLinear) and isinstance(model[8], PackedLinear)
 
 
 @pytest.mark.parametrize("arguments,message", [
     ({"skip": ["nope"]}, "skip must name modules of the model, got 'nope'"),
-    ({"skip": "head"}, "skip must be a collection of names, got 'head'"),
+    ({"skip": "head.*"}, r"skip must name modules of the model, got 'head\.\*'"),
     ({"bits": 5}, "bits must be 1, 2, 3 or 4"),
+    ({"bits": 8}, "bits must be 1, 2, 3 or 4"),
+    ({"bits": 2, "codebook": (0.1, 0.2, 1.0)}, "codebook must have magnitudes for 2 bits"),
     ({"bits": 2, "codebook": "nope"}, "name must be one of"),
     ({"bits": 2, "group_size": -2}, "group_size must be 0, -1 or positive, got -2"),
 ])
@@ -217,3 +221,30 @@ def test_packing_a_step_later_uses_the_scale_of_that_step():
     packed = blaq.pack(layer)
     scale.fill_(9.0)
     assert packed.weight.equal(torch.full((4, 8), -0.25))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_trained_model_packs_at_any_step_but_not_in_a_trial(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(),
+                          nn.Linear(8, 3)).to(dtype)
+    opt = blaq.BLAQ(blaq.param_groups(model, bits=1, last=8), lr=1e-2)
+    x, y = torch.randn(5, 1, 6, 6).to(dtype), torch.tensor([0, 1, 2, 0, 1])
+
+    def closure():
+        opt.zero_grad()
+        loss = nn.functional.cross_entropy(model(x).float(), y)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        opt.step(closure)
+        weights = [model[0].weight.clone(), model[2].weight.clone()]
+        packed = [blaq.pack(model[i]) for i in (0, 2)]
+        assert all(same_bits(a, b.weight) for a, b in zip(weights, packed, strict=True))
+    closure()
+    opt.trial_step()
+    with pytest.raises(ValueError, match="weight must hold ±1 × scale in every bit"):
+        blaq.pack(model)
+    opt.cancel_trial()
+    assert kinds(blaq.pack(model)) == ["PackedConv2d", "Flatten", "PackedLinear", "ReLU", "Linear"]

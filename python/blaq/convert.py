@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blaq_kernels.codebook import MAX_LEVELS, levels_of
+from blaq_kernels.codebook import MAX_LEVELS
+from blaq_kernels.schemas import require
 
+from .codebook import levels_for
 from .encoding import recover_scale
 from .nn import PackedConv2d, PackedLayer, PackedLinear
 from .quantization import Quantization, quantization_of, record
@@ -23,8 +26,8 @@ log = logging.getLogger("blaq")
 
 
 @torch.no_grad()
-def pack(model: nn.Module, *, bits: int | None = None, codebook: str = "pow2", group_size: int = 0,
-         skip: Collection[str] = ()) -> nn.Module:
+def pack(model: nn.Module, *, bits: int | None = None, codebook: str | Sequence[float] = "pow2",
+         group_size: int = 0, skip: Iterable[str] = ()) -> nn.Module:
     """Replace every quantized Linear and Conv2d by its packed layer, losing nothing.
 
     The model is changed in place and returned; a model that is itself a layer is returned packed.
@@ -41,25 +44,25 @@ def pack(model: nn.Module, *, bits: int | None = None, codebook: str = "pow2", g
 
     Args:
         bits: 1 to 4, the width of a code; None takes what the optimizer recorded.
-        codebook: name of the codebook, as ``levels_of`` knows it; used with ``bits``.
+        codebook: name or magnitudes, see :func:`blaq.levels_for`; used with ``bits``.
         group_size: 0, -1 or g > 0; used with ``bits``.
-        skip: names of modules to leave in float, with all that is inside them.
+        skip: names or patterns (``"layer1.*"``) of modules to leave in float, with all inside them.
 
     Raises:
-        ValueError: a weight, named, is not ``level × scale`` bit for bit; ``skip`` has an unknown
-            name; there is nothing to pack. The model is unchanged.
+        ValueError: a weight, named, is not ``level × scale`` bit for bit; a name in ``skip`` fits
+            no module; there is nothing to pack. The model is unchanged.
     """
-    if group_size < -1:
-        raise ValueError(f"blaq.pack: group_size must be 0, -1 or positive, got {group_size}")
-    levels = None if bits is None else levels_of(codebook, bits)
+    require(bits in (None, 1, 2, 3, 4), "pack", "bits", "be 1, 2, 3 or 4", bits)
+    require(group_size >= -1, "pack", "group_size", "be 0, -1 or positive", group_size)
+    levels = None if bits is None else levels_for(codebook, bits)
     names = dict(model.named_modules(remove_duplicate=False))
     skipped = _skipped(names, skip)
     wanted = {m: name for name, m in _unique(names)
               if (_recorded(m) if levels is None else isinstance(m, tuple(PACKED_OF)))}
-    if not wanted and not any(isinstance(m, PackedLayer) for m in names.values()):
-        rule = ("have a layer that an optimizer quantized; try bits=…" if levels is None
-                else "have a Linear or Conv2d")
-        raise ValueError(f"blaq.pack: model must {rule}, got none")
+    rule = ("have a layer that an optimizer quantized; try bits=…" if levels is None
+            else "have a Linear or Conv2d")
+    has_packed = any(isinstance(m, PackedLayer) for m in names.values())
+    require(bool(wanted) or has_packed, "pack", "model", rule, "none")
     chosen = {m: name for m, name in wanted.items() if m not in skipped}
     packed: dict[nn.Module, PackedLayer] = {}
     for layer, name in _packable(chosen, names).items():
@@ -111,13 +114,13 @@ def _recorded(module: nn.Module) -> bool:
     return weight is not None and quantization_of(weight) is not None
 
 
-def _skipped(names: dict[str, nn.Module], skip: Collection[str]) -> set[nn.Module]:
-    if isinstance(skip, str):
-        raise TypeError(f"blaq.pack: skip must be a collection of names, got {skip!r}")
-    for name in skip:
-        if name not in names:
-            raise ValueError(f"blaq.pack: skip must name modules of the model, got {name!r}")
-    return {inner for name in skip for inner in names[name].modules()}
+def _skipped(names: dict[str, nn.Module], skip: Iterable[str]) -> set[nn.Module]:
+    skipped: set[nn.Module] = set()
+    for pattern in [skip] if isinstance(skip, str) else skip:
+        matching = [module for name, module in names.items() if fnmatchcase(name, pattern)]
+        require(bool(matching), "pack", "skip", "name modules of the model", repr(pattern))
+        skipped.update(inner for module in matching for inner in module.modules())
+    return skipped
 
 
 def _packable(chosen: dict[nn.Module, str], names: dict[str, nn.Module]) -> dict[nn.Module, str]:
