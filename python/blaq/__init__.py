@@ -11,12 +11,14 @@ from .nn import PackedConv2d, PackedLinear
 from .optim import BLAQ
 from .param_groups import param_groups
 from .quantization import Quantization, quantization_of
+from .summary import LayerSummary, Summary, summary
 from .trial import RandomState, trial_pass
 
 __all__ = [
-    "BLAQ", "AmplitudeTracker", "OscillationTracker", "PackedConv2d", "PackedFile", "PackedLinear",
-    "Quantization", "RandomState", "bits_of", "flip_ratio", "functional", "inspect", "levels_for",
-    "levels_of", "load", "pack", "param_groups", "quantization_of", "save", "trial_pass", "unpack",
+    "BLAQ", "AmplitudeTracker", "LayerSummary", "OscillationTracker", "PackedConv2d", "PackedFile",
+    "PackedLinear", "Quantization", "RandomState", "Summary", "bits_of", "flip_ratio", "functional",
+    "inspect", "levels_for", "levels_of", "load", "pack", "param_groups", "quantization_of", "save",
+    "summary", "trial_pass", "unpack",
 ]
 
 __version__ = blaq_kernels.__version__

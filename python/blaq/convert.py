@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -58,14 +58,18 @@ def pack(model: nn.Module, *, bits: int | None = None, codebook: str | Sequence[
     names = dict(model.named_modules(remove_duplicate=False))
     skipped = _skipped(names, skip)
     wanted = {m: name for name, m in _unique(names)
-              if (_recorded(m) if levels is None else isinstance(m, tuple(PACKED_OF)))}
+              if (is_quantized(m) if levels is None else isinstance(m, tuple(PACKED_OF)))}
     rule = ("have a layer that an optimizer quantized; try bits=…" if levels is None
             else "have a Linear or Conv2d")
     has_packed = any(isinstance(m, PackedLayer) for m in names.values())
     require(bool(wanted) or has_packed, "pack", "model", rule, "none")
     chosen = {m: name for m, name in wanted.items() if m not in skipped}
     packed: dict[nn.Module, PackedLayer] = {}
-    for layer, name in _packable(chosen, names).items():
+    for layer, reason in obstacles(model, chosen).items():
+        name = chosen[layer]
+        if reason is not None:
+            log.info("blaq.pack: %s stays float: %s", name or "the model", reason)
+            continue
         quantization = (quantization_of(layer.weight) if levels is None else Quantization(
             levels, group_size, recover_scale(layer.weight, levels, group_size)))
         packed[layer] = PACKED_OF[type(layer)].from_float(layer, quantization,
@@ -109,7 +113,8 @@ def _unique(names: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _recorded(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
+    """Whether an optimizer quantized the module's weight."""
     weight = module._parameters.get("weight")
     return weight is not None and quantization_of(weight) is not None
 
@@ -123,11 +128,11 @@ def _skipped(names: dict[str, nn.Module], skip: Iterable[str]) -> set[nn.Module]
     return skipped
 
 
-def _packable(chosen: dict[nn.Module, str], names: dict[str, nn.Module]) -> dict[nn.Module, str]:
-    """The chosen layers that can be packed; why another cannot is logged."""
+def obstacles(model: nn.Module, chosen: Collection[nn.Module]) -> dict[nn.Module, str | None]:
+    """Why a chosen layer cannot be packed; None where it can."""
     reasons = {layer: _obstacle(layer) for layer in chosen}
     holders: dict[int, set[nn.Module]] = {}
-    for module in names.values():
+    for module in model.modules():
         for param in module._parameters.values():
             holders.setdefault(id(param), set()).add(module)
     for layer in chosen:
@@ -135,10 +140,7 @@ def _packable(chosen: dict[nn.Module, str], names: dict[str, nn.Module]) -> dict
             shared = holders[id(layer.weight)]
             if any(reasons.get(other, "not chosen") for other in shared):
                 reasons[layer] = "its weight is shared with a module that stays float"
-    for layer, name in chosen.items():
-        if reasons[layer] is not None:
-            log.info("blaq.pack: %s stays float: %s", name or "the model", reasons[layer])
-    return {layer: name for layer, name in chosen.items() if reasons[layer] is None}
+    return reasons
 
 
 def _obstacle(layer: nn.Module) -> str | None:
