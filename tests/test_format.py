@@ -47,8 +47,8 @@ def test_the_documented_reader_reads_convolutions_and_aliases(read_packed, tmp_p
 EXAMPLE = torch.tensor([[0.25, -0.5, 0.5], [-0.25, 0.25, 0.25]])
 GOLDEN = (  # the example as version 1 is written, byte by byte; it must stay readable for ever
     b'@\x01\0\0\0\0\0\0{"__metadata__":{"blaq.config":"{\\"\\":{\\"bits\\":2,'
-    b'\\"dtype\\":\\"float32\\",\\"group_size\\":0,\'
-    b'\"kind\\":\\"linear\\",\\"levels\\":[0.5,1.0],\\"shape\\":[2,3]}}",'
+    b'\\"dtype\\":\\"float32\\",\\"group_size\\":0,'
+    b'\\"kind\\":\\"linear\\",\\"levels\\":[0.5,1.0],\\"shape\\":[2,3]}}",'
     b'"blaq.crc32":"a916774a","blaq.format_version":"1"},"scale":{"dtype":"F32","shape":[1],'
     b'"data_offsets":[0,4]},"qweight":{"dtype":"U8","shape":[2,2,1],"data_offsets":[4,8]}} '
     b"\0\0\0?\x06\0\x02\x01")
