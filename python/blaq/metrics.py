@@ -5,7 +5,7 @@ All read codes and latent weights from the optimizer's state after a step; nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -65,24 +65,18 @@ class OscillationTracker:
             raise ValueError(f"blaq.OscillationTracker: momentum must be in (0, 1], got {momentum}")
         self.optimizer, self.momentum = optimizer, momentum
         self._seen: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
-        self._look()
-
-    def _look(self) -> Iterator[tuple[Tensor, Tensor]] | None:
-        for param, latent, quantization in _quantized(self.optimizer):
-            if param not in self._seen:
-                rank = _rank(latent, quantization)
-                self._seen[param] = (rank, torch.zeros_like(rank),
-                                     torch.zeros_like(latent, dtype=torch.float32))
+        self.update()
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the step that was just made."""
+        """Take in the step that was just made; a weight that is new counts from here on."""
         for param, latent, quantization in _quantized(self.optimizer):
-            rank, direction, frequency = self._seen[param]
             new = _rank(latent, quantization)
+            if param not in self._seen:
+                self._seen[param] = (new, torch.zeros_like(new), torch.zeros_like(latent))
+            rank, direction, frequency = self._seen[param]
             change = (new - rank).sign()
-            oscillates = (change * direction) < 0
-            frequency.lerp_(oscillates.float(), self.momentum)
+            frequency.lerp_((change * direction < 0).float(), self.momentum)
             direction.copy_(torch.where(change == 0, direction, change))
             rank.copy_(new)
 
@@ -94,7 +88,7 @@ class OscillationTracker:
         """Share of weights that oscillate more often than ``threshold`` (Nagel et al.: 0.005)."""
         return self._mean(lambda f: f > threshold)
 
-    def _mean(self, of) -> float:
+    def _mean(self, of: Callable[..., Tensor]) -> float:
         total = sum(f.numel() for _, _, f in self._seen.values())
         return sum(of(f).double().sum().item() for _, _, f in self._seen.values()) / max(total, 1)
 
@@ -111,23 +105,24 @@ class AmplitudeTracker:
         self.optimizer = optimizer
         self.reset()
 
-    @torch.no_grad()
     def reset(self) -> None:
         """Begin a window at the weights as they are."""
-        self.steps = 0
-        self._seen = {param: (latent.clone(), latent.clone(), _rank(latent, quantization),
-                              torch.zeros_like(latent, dtype=torch.int16))
-                      for param, latent, quantization in _quantized(self.optimizer)}
+        self.steps = -1
+        self._seen: dict[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self.update()
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the step that was just made."""
+        """Take in the step that was just made; a weight that is new counts from here on."""
         self.steps += 1
         for param, latent, quantization in _quantized(self.optimizer):
+            new = _rank(latent, quantization)
+            if param not in self._seen:
+                changes = torch.zeros_like(new, dtype=torch.int16)
+                self._seen[param] = (latent.clone(), latent.clone(), new, changes)
             low, high, rank, changes = self._seen[param]
             torch.minimum(low, latent, out=low)
             torch.maximum(high, latent, out=high)
-            new = _rank(latent, quantization)
             changes += new != rank
             rank.copy_(new)
 
@@ -139,7 +134,7 @@ class AmplitudeTracker:
         """Mean number of code changes of a weight in the window."""
         return self._mean(lambda low, high, changes: changes)
 
-    def _mean(self, of) -> float:
+    def _mean(self, of: Callable[..., Tensor]) -> float:
         seen = [of(low, high, changes) for low, high, _, changes in self._seen.values()]
         total = sum(x.numel() for x in seen)
         return sum(x.double().sum().item() for x in seen) / max(total, 1)
