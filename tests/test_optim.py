@@ -5,79 +5,20 @@ import pickle
 
 import pytest
 import torch
+from small_network import (
+    assert_param_is_quantized_latent,
+    assert_same,
+    make_closure,
+    make_model,
+    make_optimizer,
+    snapshot,
+)
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 import blaq
 from blaq.quantization import quantization_of
 from blaq_kernels import reference as ref
 from blaq_kernels.codebook import levels_of
-
-
-def make_model(dropout=0.0, dtype=torch.float32):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
-                         nn.Dropout(dropout), nn.Linear(4 * 16, 9), nn.ReLU(),
-                         nn.Linear(9, 3)).to(dtype)
-
-
-def make_batch(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(16, 1, 6, 6, generator=generator).to(dtype)
-    return x, torch.randint(0, 3, (16,), generator=generator)
-
-
-def make_closure(model, opt, calls=None):
-    x, y = make_batch(next(model.parameters()).dtype)
-
-    def closure():
-        opt.zero_grad()
-        loss = cross_entropy(model(x).float(), y)
-        loss.backward()
-        if calls is not None:
-            calls.append(loss.item())
-        return loss
-
-    return closure
-
-
-def make_optimizer(model, **options):
-    bits = options.pop("bits", {"0": 2, "5": 1, "7": 8})
-    group_size = options.pop("group_size", 0)
-    return blaq.BLAQ(blaq.param_groups(model, bits=bits, group_size=group_size),
-                     **{"lr": 1e-2, **options})
-
-
-def assert_same(a, b):
-    """Bitwise, for state_dicts and lists of tensors, nested."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for left, right in zip(a, b, strict=True):
-            assert_same(left, right)
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-    else:
-        assert a == b
-
-
-def snapshot(model, opt):
-    return copy.deepcopy((model.state_dict(), opt.state_dict()))
-
-
-def assert_param_is_quantized_latent(opt):
-    """The invariant: ``param == round(level × scale)`` of the codes of (latent, scale)."""
-    for group in opt.param_groups:
-        for param in group["params"]:
-            if group["bits"] is not None:
-                state, levels = opt.state[param], blaq.levels_for(group["codebook"], group["bits"])
-                expected = ref.fake_quantize(state["latent"], state["scale"], levels,
-                                             group["group_size"])
-                assert torch.equal(param, expected.to(param.dtype))
 
 
 def equations_step(grads, latent, exp_avg, exp_avg_sq, scale, t, a, levels, hyper):
@@ -257,3 +198,105 @@ def test_a_copy_goes_on_in_lockstep(duplicate):
         optimizer.step(make_closure(run, optimizer))
     assert_same(snapshot(model, opt), snapshot(copied, twin))
     assert quantization_of(copied[0].weight).scale is twin.state[copied[0].weight]["scale"]
+
+
+def test_loading_copies_and_keeps_float32_state_of_bfloat16_parameters():
+    model = make_model(dtype=torch.bfloat16)
+    opt = make_optimizer(model)
+    opt.step(make_closure(model, opt))
+    saved = opt.state_dict()
+    opt.load_state_dict(saved)
+    for number, param in enumerate(p for group in opt.param_groups for p in group["params"]):
+        state = opt.state[param]
+        for name in ("latent", "exp_avg", "exp_avg_sq", "step"):
+            assert state[name].dtype == torch.float32
+            assert torch.equal(state[name], saved["state"][number][name])
+            assert state[name].data_ptr() != saved["state"][number][name].data_ptr()
+
+
+@pytest.mark.parametrize("options,message", [
+    ({"bits": {"0": 3, "5": 1, "7": 8}}, r"param_groups\[1\]\['bits'\] must be 3 .*got 2"),
+    ({"group_size": -1}, r"param_groups\[0\]\['group_size'\] must be -1 .*got 0"),
+    ({"width": 7}, r"latent of '5.weight' must have shape"),
+])
+def test_a_checkpoint_that_does_not_fit_changes_nothing(options, message):
+    model = make_model()
+    opt = make_optimizer(model)
+    other = make_model()
+    if options.pop("width", None):
+        other[5], other[7] = nn.Linear(64, 7), nn.Linear(7, 3)
+    unlike = make_optimizer(other, **options)
+    before = snapshot(other, unlike)
+    with pytest.raises(ValueError, match=r"blaq\.BLAQ\.load_state_dict: " + message):
+        unlike.load_state_dict(opt.state_dict())
+    with pytest.raises(ValueError, match=r"\['bits'\] must be"):
+        adamw = torch.optim.AdamW([{"params": group["params"]} for group in opt.param_groups])
+        unlike.load_state_dict(adamw.state_dict())
+    assert_same(snapshot(other, unlike), before)
+
+
+def test_weights_loaded_behind_the_optimizer_are_an_error_not_lost():
+    model, floats = make_model(), make_model().state_dict()
+    opt = make_optimizer(model)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))  # the same values: fine
+    opt.step(make_closure(model, opt))
+    model.load_state_dict(floats)
+    with pytest.raises(RuntimeError, match=r"'5.weight' must be written by the optimizer alone"):
+        opt.step(make_closure(model, opt))
+
+
+def test_a_bad_group_quantizes_nothing():
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    groups = blaq.param_groups(model, bits=2)
+    for bad in ({"params": groups[0]["params"][:1]}, {"params": [("x", torch.zeros(2).log())],
+                                                      "bits": 1}):
+        with pytest.raises(ValueError):
+            blaq.BLAQ([*groups, bad])
+        assert_same(copy.deepcopy(model.state_dict()), before)
+
+
+GOOD = {"params": [torch.ones(2, 3)], "bits": 2}
+BAD_OPTIONS = [
+    ({"lr": -1}, "lr must be at least 0, got -1"),
+    ({"lr": torch.ones(2)}, r"lr must have one element, got \[2\]"),
+    ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
+    ({"eps": -1e-8}, "eps must be at least 0, got -1e-08"),
+    ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+    ({"clip": -1.0}, "clip must be at least 0, got -1.0"),
+    ({"backtrack": 0.0}, r"backtrack must be in \(0, 1\], got 0.0"),
+    ({"backtrack": 1.5}, r"backtrack must be in \(0, 1\], got 1.5"),
+    ({"max_iter": 0}, "max_iter must be an integer of at least 1, got 0"),
+    ({"method": "newton"}, "method must be 'alternating' or 'exact', got 'newton'"),
+    ({"on_nonfinite": "ignore"}, "on_nonfinite must be 'raise' or 'skip', got 'ignore'"),
+    ({"group_size": -2}, "group_size must be 0, -1 or positive, got -2"),
+]
+BAD_GROUPS = [
+    ({"bits": 5}, "bits must be 1, 2, 3, 4, 8 or None, got 5"),
+    ({"params": [torch.ones(3, 2).t()]}, r"params\[0\] must be contiguous, got strides \[1, 2\]"),
+    ({"params": [torch.ones(2, dtype=torch.float64)]}, r"params\[0\] must be float32, bfloat16"),
+    ({"params": [torch.tensor([1.0, float("nan")])]}, r"params\[0\] must be finite, got NaN or Inf"),
+    ({"params": [torch.ones(0, 3)]}, r"params\[0\] must have elements, got \[0, 3\]"),
+]
+
+
+@pytest.mark.parametrize("options,message", BAD_OPTIONS)
+def test_a_bad_option_is_named(options, message):
+    with pytest.raises(ValueError, match=r"blaq\.BLAQ: " + message):
+        blaq.BLAQ([dict(GOOD)], **options)
+
+
+@pytest.mark.parametrize("group,message", BAD_GROUPS)
+def test_a_bad_group_is_named_and_not_added(group, message):
+    opt = blaq.BLAQ([{"params": [torch.ones(4)], "bits": 1}])
+    with pytest.raises(ValueError, match=r"blaq\.BLAQ: " + message):
+        opt.add_param_group({**GOOD, **group})
+    assert len(opt.param_groups) == 1 and len(opt.state) == 1
+
+
+@pytest.mark.parametrize("options,message", [({"codebook": "nope"}, "name must be one of"),
+                                             ({"codebook": [0.5, 0.7]}, "levels must"),
+                                             ({"codebook": [1.0]}, "magnitudes for 2 bits")])
+def test_a_bad_codebook_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        blaq.BLAQ([dict(GOOD)], **options)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from blaq_kernels.schemas import METHODS, PARAM_DTYPES, require
+from blaq_kernels.schemas import require
 
 from ._buckets import (
     BLAQ_BITS,
@@ -18,11 +18,11 @@ from ._buckets import (
     Bucket,
     Group,
     QuantizedBucket,
-    levels_in,
     new_state,
     write_param,
 )
-from .trial import RandomState, modules_with_buffers, trial_pass
+from .param_groups import check_group
+from .trial import RandomState, evaluate, modules_with_buffers, trial_pass
 
 __all__ = ["BLAQ"]
 
@@ -136,7 +136,7 @@ class BLAQ(Optimizer):
         model = options.pop("model", None)  # not a hyper-parameter: no place in a checkpoint
         super().add_param_group(options)
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
             raise
@@ -179,12 +179,12 @@ class BLAQ(Optimizer):
             if self._pending is not None:
                 raise RuntimeError("blaq.BLAQ.step: closure must not be given after trial_step()")
             random_state = RandomState()
-            loss = _evaluate(closure)
+            loss = evaluate(closure)
             if self.evaluations_per_step == 2:
-                self.trial_step()
                 try:
+                    self.trial_step()
                     with trial_pass(self._modules, random_state):
-                        _evaluate(closure)
+                        evaluate(closure)
                 except BaseException:
                     self.cancel_trial()
                     raise
@@ -237,9 +237,8 @@ class BLAQ(Optimizer):
         if pending is None:
             return
         for bucket, grads in zip(pending.buckets, pending.grads, strict=True):
-            for param, state, grad in zip(bucket.params, bucket.states, grads, strict=True):
-                if isinstance(bucket, QuantizedBucket):
-                    write_param(param, state, bucket.group)
+            bucket.write_params()
+            for param, grad in zip(bucket.params, grads, strict=True):
                 param.grad = grad
 
     def _commit(self) -> None:
@@ -291,21 +290,16 @@ class BLAQ(Optimizer):
         """A flag, float32, if a gradient is not finite and that may pass; else raises or is None."""
         flag = None
         for bucket, members in zip(buckets, grads, strict=True):
-            found = torch.zeros((), device=bucket.step.device)
-            # GradScaler's own kernel: 16 times faster than norms; a factor of 1 changes no gradient.
-            torch._amp_foreach_non_finite_check_and_unscale_(members, found, torch.ones_like(found))
-            if bucket.group["on_nonfinite"] == "raise" and not quiet:
-                if found.item():
-                    self.cancel_trial()
-                    raise RuntimeError(self._nonfinite_message(bucket, members))
-            else:
+            found = bucket.find_nonfinite(members)
+            if bucket.group["on_nonfinite"] == "skip" or quiet:
                 flag = found if flag is None else flag.to(found.device) + found
+            elif found.item():
+                self.cancel_trial()
+                bad = next(i for i, grad in enumerate(members) if not grad.isfinite().all())
+                raise RuntimeError(
+                    f"blaq.BLAQ.step: gradient of {self._name(bucket.params[bad])} must be finite, "
+                    "got NaN or Inf; nothing was changed; try on_nonfinite='skip'")
         return flag
-
-    def _nonfinite_message(self, bucket: Bucket, grads: list[Tensor]) -> str:
-        bad = next(p for p, g in zip(bucket.params, grads, strict=True) if not g.isfinite().all())
-        return (f"blaq.BLAQ.step: gradient of {self._name(bad)} must be finite, got NaN or Inf; nothing "
-                "was changed; try on_nonfinite='skip'")
 
     def _name(self, param: Tensor) -> str:
         for i, group in enumerate(self.param_groups):
@@ -323,7 +317,13 @@ class BLAQ(Optimizer):
                 write_param(param, self.state[param], group)
 
     def _active_buckets(self) -> list[Bucket]:
-        """Buckets of the parameters that have a gradient now."""
+        """Buckets of the parameters that have a gradient now, which nobody else may have written."""
+        for bucket in (*self._buckets, *self._idle):
+            param = bucket.overwritten()
+            if param is not None:
+                raise RuntimeError(
+                    f"blaq.BLAQ.step: {self._name(param)} must be written by the optimizer alone, got "
+                    "other values; try loading weights before making the optimizer")
         if any(p.grad is None for bucket in self._buckets for p in bucket.params) or any(
                 p.grad is not None for bucket in self._idle for p in bucket.params):
             self._fill_buckets(lambda param: param.grad is not None)
@@ -365,9 +365,8 @@ class BLAQ(Optimizer):
         finally:
             handle.remove()
         with torch.no_grad():
-            for group in self.param_groups:
-                for param in group["params"]:
-                    write_param(param, self.state[param], group)
+            for bucket in self._buckets:
+                bucket.write_params()
 
     def _check_checkpoint(self, saved: dict[str, Any]) -> None:
         op = "BLAQ.load_state_dict"
@@ -398,45 +397,3 @@ class BLAQ(Optimizer):
                     entry[name] = value.tensor.to(param.device, copy=True)
         self._pending, self._constructed = None, True
         self._fill_buckets()
-
-
-def _evaluate(closure: Callable[[], Any]) -> Any:
-    with torch.enable_grad():
-        loss = closure()
-    scalar = isinstance(loss, Tensor) and loss.numel() == 1 or isinstance(loss, int | float)
-    require(scalar, "BLAQ.step", "closure", "return the loss, a scalar",
-            f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss))
-    return loss
-
-
-def _check_group(group: Group) -> None:
-    """Every hyper-parameter of a group, and what its parameters must be."""
-    op, lr = "BLAQ", group["lr"]
-    if isinstance(lr, Tensor):
-        require(lr.numel() == 1, op, "lr", "have one element", list(lr.shape))
-    require(lr >= 0.0, op, "lr", "be at least 0", lr)
-    require(len(group["betas"]) == 2 and all(0.0 <= beta < 1.0 for beta in group["betas"]), op,
-            "betas", "be two numbers in [0, 1)", group["betas"])
-    for name in ("eps", "weight_decay", "clip"):
-        require(group[name] >= 0.0, op, name, "be at least 0", group[name])
-    require(0.0 < group["backtrack"] <= 1.0, op, "backtrack", "be in (0, 1]", group["backtrack"])
-    require(isinstance(group["max_iter"], int) and group["max_iter"] >= 1, op, "max_iter",
-            "be an integer of at least 1", group["max_iter"])
-    require(group["method"] in METHODS, op, "method", "be 'alternating' or 'exact'",
-            repr(group["method"]))
-    require(group["on_nonfinite"] in ("raise", "skip"), op, "on_nonfinite", "be 'raise' or 'skip'",
-            repr(group["on_nonfinite"]))
-    require(isinstance(group["group_size"], int) and group["group_size"] >= -1, op, "group_size",
-            "be 0, -1 or positive", group["group_size"])
-    require(group["bits"] in (None, *BLAQ_BITS, 8), op, "bits", "be 1, 2, 3, 4, 8 or None",
-            repr(group["bits"]))
-    if group["bits"] is None:
-        return
-    levels_in(group)
-    names = group.get("param_names") or [f"params[{i}]" for i in range(len(group["params"]))]
-    for name, param in zip(names, group["params"], strict=True):
-        require(param.dtype in PARAM_DTYPES, op, name, "be float32, bfloat16 or float16",
-                param.dtype)
-        require(param.is_contiguous(), op, name, "be contiguous", f"strides {list(param.stride())}")
-        require(param.numel() > 0, op, name, "have elements", list(param.shape))
-        require(bool(param.detach().isfinite().all()), op, name, "be finite", "NaN or Inf")

@@ -1,4 +1,4 @@
-"""Which layers are quantized, and to how many bits: parameter groups for :class:`blaq.BLAQ`."""
+"""Parameter groups of :class:`blaq.BLAQ`: which layers have how many bits, and what a group may hold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from blaq_kernels.schemas import require
+from blaq_kernels.schemas import METHODS, PARAM_DTYPES, require
 
 from .codebook import levels_for
 
@@ -121,3 +121,36 @@ def _by_param(model: nn.Module, layers: dict[str, nn.Module],
         require(found.setdefault(weight, width) == width, "param_groups", "bits",
                 "be one width for a weight that layers share", f"{found[weight]} and {width} at {name!r}")
     return found
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Every hyper-parameter of a group, and what its parameters must be."""
+    op, lr = "BLAQ", group["lr"]
+    if isinstance(lr, Tensor):
+        require(lr.numel() == 1, op, "lr", "have one element", list(lr.shape))
+    require(lr >= 0.0, op, "lr", "be at least 0", lr)
+    require(len(group["betas"]) == 2 and all(0.0 <= beta < 1.0 for beta in group["betas"]), op,
+            "betas", "be two numbers in [0, 1)", group["betas"])
+    for name in ("eps", "weight_decay", "clip"):
+        require(group[name] >= 0.0, op, name, "be at least 0", group[name])
+    require(0.0 < group["backtrack"] <= 1.0, op, "backtrack", "be in (0, 1]", group["backtrack"])
+    require(isinstance(group["max_iter"], int) and group["max_iter"] >= 1, op, "max_iter",
+            "be an integer of at least 1", group["max_iter"])
+    require(group["method"] in METHODS, op, "method", "be 'alternating' or 'exact'",
+            repr(group["method"]))
+    require(group["on_nonfinite"] in ("raise", "skip"), op, "on_nonfinite", "be 'raise' or 'skip'",
+            repr(group["on_nonfinite"]))
+    require(isinstance(group["group_size"], int) and group["group_size"] >= -1, op, "group_size",
+            "be 0, -1 or positive", group["group_size"])
+    require(group["bits"] in (None, *WIDTHS), op, "bits", "be 1, 2, 3, 4, 8 or None",
+            repr(group["bits"]))
+    if group["bits"] is None:
+        return
+    levels_for(group["codebook"], group["bits"])
+    names = group.get("param_names") or [f"params[{i}]" for i in range(len(group["params"]))]
+    for name, param in zip(names, group["params"], strict=True):
+        require(param.dtype in PARAM_DTYPES, op, name, "be float32, bfloat16 or float16",
+                param.dtype)
+        require(param.is_contiguous(), op, name, "be contiguous", f"strides {list(param.stride())}")
+        require(param.numel() > 0, op, name, "have elements", list(param.shape))
+        require(bool(param.detach().isfinite().all()), op, name, "be finite", "NaN or Inf")

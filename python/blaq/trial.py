@@ -12,13 +12,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomState", "modules_with_buffers", "trial_pass"]
+from blaq_kernels.schemas import require
+
+__all__ = ["RandomState", "evaluate", "modules_with_buffers", "trial_pass"]
 
 
 class RandomState:
@@ -71,3 +74,13 @@ def trial_pass(modules: nn.Module | Iterable[nn.Module],
                 if module._buffers[name] is not buffer:  # the pass replaced it
                     module._buffers[name] = buffer
         entered.restore()
+
+
+def evaluate(closure: Callable[[], Any]) -> Any:
+    """Run a closure with gradients on; its loss must be a scalar."""
+    with torch.enable_grad():
+        loss = closure()
+    scalar = isinstance(loss, Tensor) and loss.numel() == 1 or isinstance(loss, int | float)
+    require(scalar, "BLAQ.step", "closure", "return the loss, a scalar",
+            f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss))
+    return loss
