@@ -119,26 +119,3 @@ def test_packing_is_lossless(name, bits, group_size, dtype):
 def test_pack_layout_by_hand():
     codes = torch.tensor([[1, 0, 3, 0, 0, 0, 0, 2, 1]], dtype=torch.uint8)
     assert ref.pack(codes, 2).tolist() == [[[0b00000101, 1]], [[0b10000100, 0]]]
-
-
-def test_scalar_power_law():
-    """|w|^1.5 with the exact Hessian as D: LAQ maps w to -w, BLAQ to (3 - 4a) w."""
-    w = torch.tensor([0.7], dtype=torch.float64)
-    gradient = lambda x: 1.5 * x.sign() * x.abs().sqrt()  # noqa: E731
-    curvature = lambda x: 0.75 / x.abs().sqrt()  # noqa: E731
-    torch.testing.assert_close(ref.scaled_update(w, gradient(w), curvature(w)), -w)
-    trial = ref.scaled_update(w, gradient(w), curvature(w))
-    for a in (0.6, 0.75, 0.9, 1.0):
-        g = ref.blend(gradient(w), gradient(trial), a)
-        d = ref.blend(curvature(w), curvature(trial), a)
-        torch.testing.assert_close(ref.scaled_update(w, g, d), (3 - 4 * a) * w)
-
-
-def test_quadratic_factor():
-    """Unquantized quadratic, x = lr · curvature: the factor is 1 - x + (1 - a) x²."""
-    w = torch.tensor([1.3], dtype=torch.float64)
-    for x, a in itertools.product((0.3, 1.0, 1.9, 2.4), (0.6, 0.75, 0.875, 1.0)):
-        d = torch.full_like(w, 1 / x)
-        trial = ref.scaled_update(w, w, d)
-        stepped = ref.scaled_update(w, ref.blend(w, trial, a), d)
-        torch.testing.assert_close(stepped, (1 - x + (1 - a) * x * x) * w)
