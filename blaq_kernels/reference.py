@@ -172,7 +172,9 @@ def _exact_scale(w: Tensor, d: Tensor, levels: Sequence[float]) -> Tensor:
         start_a, start_b = levels[0] * (weight * row).sum(), levels[0] ** 2 * weight.sum()
         a = torch.cat([start_a[None], start_a + torch.cat(gain_a)[order].cumsum(0)])
         b = torch.cat([start_b[None], start_b + torch.cat(gain_b)[order].cumsum(0)])
-        at = torch.where(b > 0, a.square() / b, torch.zeros_like(b)).argmax()
+        gain = torch.where(b > 0, a.square() / b, torch.zeros_like(b))
+        # Of equally good scales, as α and α/2 are in pow2, the larger: it comes first.
+        at = (gain >= gain.max() * (1 - 1e-12)).int().argmax()
         best.append(torch.where(b[at] > 0, a[at] / b[at], torch.zeros_like(b[at])))
     return torch.stack(best) if best else w.new_zeros(0)
 

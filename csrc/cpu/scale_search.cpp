@@ -1,0 +1,216 @@
+#include "cpu/scale_search.h"
+
+#include <bit>
+#include <cmath>
+
+namespace blaq {
+namespace {
+
+constexpr double kTolerance = 1e-6;    // of α, ends the alternation
+constexpr double kMoreThanEqual = 1 + 1e-12;  // of equally good scales, as α and α/2 are in pow2, the larger
+constexpr int64_t kSweepAtMost = 512;  // elements; above, a histogram is faster and close enough
+constexpr int kBinShift = 17;          // 64 bins an octave
+constexpr int kMaxBins = 64 * 40;
+constexpr int kMaxParts = 16;
+
+// Block sums of a group in block order, by `body(begin, end, sums)`.
+template <typename Body>
+Pair reduce(int64_t n, const Body& body) {
+  if (n <= kBlock) {
+    Sums sums;
+    body(0, n, &sums);
+    return total(sums);
+  }
+  std::vector<Pair> parts(blocks_of(n));
+  for_each_block(n, [&](int64_t block, int64_t begin, int64_t end) {
+    Sums sums;
+    body(begin, end, &sums);
+    parts[block] = total(sums);
+  });
+  return in_order(parts);
+}
+
+Pair level_sums(const Group& group, const Codebook& book, float scale) {
+  const auto& kernels = training_kernels();
+  return reduce(group.n, [&](int64_t begin, int64_t end, Sums* sums) {
+    kernels.level_sums(group.w + begin, group.d + begin, end - begin, book, scale, sums);
+  });
+}
+
+// For a fixed β the best E is ½ (Σ dw² - A²/B), A = Σ dβ|w|, B = Σ dβ²: this is what it gains.
+double gain(const Pair& sums) {
+  return sums.second > 0 ? sums.first * sums.first / sums.second : 0.0;
+}
+
+double ratio(const Pair& sums) { return sums.second > 0 ? sums.first / sums.second : 0.0; }
+
+double alternate(const Group& group, const Solver& solver, double alpha) {
+  for (int64_t i = 0; i < solver.max_iter; ++i) {
+    const Pair sums = level_sums(group, solver.book, static_cast<float>(alpha));
+    // Every weight on a zero level: α has no say in E; smaller is where E can fall.
+    const double refit = sums.second > 0 ? sums.first / sums.second : alpha / 2;
+    const bool moved = std::abs(refit - alpha) > kTolerance * alpha;
+    alpha = refit;
+    if (!moved) break;
+  }
+  return alpha;
+}
+
+// Exact for few elements: as α falls, weights cross thresholds one by one, in the order of |w| / mid.
+double sweep(const Group& group, const Codebook& book) {
+  struct Element {
+    float a, d;
+  };
+  Element sorted[kSweepAtMost];
+  const int n = static_cast<int>(group.n), steps = book.count - 1;
+  Pair sums;
+  for (int i = 0; i < n; ++i) {
+    const float d = std::max(group.d[i], kCurvatureFloor);
+    sorted[i] = {std::fabs(group.w[i]), d};
+    if (!(sorted[i].a <= __builtin_inff())) sorted[i].a = 0;  // NaN: no order, no weight
+    sums.first += static_cast<double>(d) * sorted[i].a * book.level[0];
+    sums.second += static_cast<double>(d) * book.level[0] * book.level[0];
+  }
+  std::sort(sorted, sorted + n, [](const Element& x, const Element& y) { return x.a > y.a; });
+  Pair best = sums;
+  int at[kMaxLevels] = {};
+  double next[kMaxLevels], inverse_mid[kMaxLevels], up[kMaxLevels], up2[kMaxLevels];
+  for (int j = 0; j < steps; ++j) {
+    const double low = book.level[j], high = book.level[j + 1];
+    inverse_mid[j] = 2 / (low + high), up[j] = high - low, up2[j] = high * high - low * low;
+    next[j] = sorted[0].a * inverse_mid[j];
+  }
+  for (int event = 0; event < n * steps; ++event) {
+    int j = 0;
+    for (int k = 1; k < steps; ++k) j = next[k] > next[j] ? k : j;
+    const Element& e = sorted[at[j]];
+    sums.first += e.d * up[j] * e.a;
+    sums.second += e.d * up2[j];
+    next[j] = ++at[j] < n ? sorted[at[j]].a * inverse_mid[j] : -1.0;
+    if (sums.first * sums.first * best.second >
+            best.first * best.first * sums.second * kMoreThanEqual ||
+        (best.second == 0 && sums.second > 0)) {
+      best = sums;
+    }
+  }
+  return ratio(best);
+}
+
+int bin_of(double x) { return static_cast<int>(std::bit_cast<uint32_t>(static_cast<float>(x)) >> kBinShift); }
+
+// Number of bins that lie below x, when each bin counts as lying at its middle.
+int edge_of(double x) {
+  const uint32_t u = std::bit_cast<uint32_t>(static_cast<float>(x));
+  return static_cast<int>((u + (1u << (kBinShift - 1))) >> kBinShift);
+}
+
+// Sums over the elements in bins >= b, for b in [0, bins]. Parts are cut by n alone.
+std::vector<Pair> suffix_sums(const Group& group, int base, int bins) {
+  const auto& kernels = training_kernels();
+  const int64_t blocks = blocks_of(group.n);
+  const int64_t parts = std::min<int64_t>(kMaxParts, (blocks + 3) / 4);
+  const int64_t size = (blocks + parts - 1) / parts * kBlock;
+  std::vector<Pair> sums(parts * (bins + 1));
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) {
+      const int64_t begin = std::min(group.n, p * size), end = std::min(group.n, begin + size);
+      kernels.histogram(group.w + begin, group.d + begin, end - begin, base, bins,
+                        sums.data() + p * (bins + 1));
+    }
+  });
+  for (int64_t p = 1; p < parts; ++p) {
+    for (int b = 0; b < bins; ++b) {
+      sums[b].first += sums[p * (bins + 1) + b].first;
+      sums[b].second += sums[p * (bins + 1) + b].second;
+    }
+  }
+  sums.resize(bins + 1);
+  for (int b = bins - 1; b >= 0; --b) {
+    sums[b].first += sums[b + 1].first;
+    sums[b].second += sums[b + 1].second;
+  }
+  return sums;
+}
+
+float largest_magnitude(const Group& group) {
+  const auto& kernels = training_kernels();
+  if (group.n <= kBlock) return kernels.max_abs(group.w, group.n);
+  std::vector<float> parts(blocks_of(group.n));
+  for_each_block(group.n, [&](int64_t block, int64_t begin, int64_t end) {
+    parts[block] = kernels.max_abs(group.w + begin, end - begin);
+  });
+  return *std::max_element(parts.begin(), parts.end());
+}
+
+// Nearly exact for many elements: every α of a grid, by a weighted histogram of |w|; then one exact
+// refit of the best. α is sought from half the weighted mean, below which all weights saturate, to
+// where none reaches the largest level.
+double scan(const Group& group, const Codebook& book, const Pair& mean_sums) {
+  const double mean = ratio(mean_sums);
+  const float largest = largest_magnitude(group);
+  if (!(mean > 0) || !(largest > kScaleTiny)) return 0;
+  const int steps = book.count - 1;
+  const int top = bin_of(largest);
+  const int lowest = bin_of(std::max(book.mid[0] * mean / 2, static_cast<double>(kScaleTiny)));
+  const int base = std::max(lowest, top - kMaxBins + 1), bins = std::max(1, top - base + 1);
+  const std::vector<Pair> above = suffix_sums(group, base, bins);
+
+  const int first = bin_of(mean / 2), last = bin_of(largest / book.mid[steps - 1]);
+  const int refits = group.n > 4 * kBlock ? 1 : 3;
+  std::vector<std::pair<double, double>> peaks;  // gain and α at each local maximum
+  double before = -1, here = -1, alpha_here = 0;
+  for (int b = first; b <= last + 1; ++b) {
+    double after = -1, alpha = 0;
+    if (b <= last) {
+      alpha = std::bit_cast<float>(static_cast<uint32_t>(b) << kBinShift);
+      Pair sums{book.level[0] * above[0].first,
+                static_cast<double>(book.level[0]) * book.level[0] * above[0].second};
+      for (int j = 0; j < steps; ++j) {
+        const double low = book.level[j], high = book.level[j + 1];
+        const Pair& reach = above[std::clamp(edge_of(book.mid[j] * alpha) - base, 0, bins)];
+        sums.first += (high - low) * reach.first;
+        sums.second += (high * high - low * low) * reach.second;
+      }
+      after = gain(sums);
+    }
+    if (here >= before && here > after && alpha_here > 0) peaks.emplace_back(here, alpha_here);
+    before = here, here = after, alpha_here = alpha;
+  }
+  const auto kept = std::min<size_t>(refits, peaks.size());
+  std::partial_sort(peaks.begin(), peaks.begin() + kept, peaks.end(),
+                    [](const auto& x, const auto& y) { return x.first > y.first; });
+  std::sort(peaks.begin(), peaks.begin() + kept,
+            [](const auto& x, const auto& y) { return x.second > y.second; });
+  Pair best;
+  for (size_t i = 0; i < kept; ++i) {
+    const Pair sums = level_sums(group, book, static_cast<float>(peaks[i].second));
+    if (i == 0 || gain(sums) > gain(best) * kMoreThanEqual) best = sums;
+  }
+  return ratio(best);
+}
+
+}  // namespace
+
+Pair weighted_sums(const Group& group) {
+  const auto& kernels = training_kernels();
+  return reduce(group.n, [&](int64_t begin, int64_t end, Sums* sums) {
+    kernels.weighted_sums(group.w + begin, group.d + begin, end - begin, sums);
+  });
+}
+
+float solve_scale(const Group& group, const Solver& solver, float init, const Pair* sums) {
+  double alpha;
+  if (solver.book.is_binary()) {
+    alpha = ratio(sums ? *sums : weighted_sums(group));
+  } else if (!solver.exact) {
+    alpha = alternate(group, solver, init > 0 ? init : ratio(sums ? *sums : weighted_sums(group)));
+  } else if (group.n <= kSweepAtMost) {
+    alpha = group.n > 0 ? sweep(group, solver.book) : 0;
+  } else {
+    alpha = scan(group, solver.book, sums ? *sums : weighted_sums(group));
+  }
+  const float scale = static_cast<float>(alpha);
+  return scale > kScaleTiny ? scale : kScaleTiny;  // NaN too
+}
+
+}  // namespace blaq

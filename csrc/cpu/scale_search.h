@@ -1,0 +1,50 @@
+// The scale of one group: argmin over α of ½ Σ d (w - αβ)², β the nearest levels (Eqs. 5 and 7).
+#pragma once
+
+#include "cpu/training_kernels.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace blaq {
+
+constexpr int64_t kBlock = 1 << 14;  // elements of one partial sum: fixed, so that threads do not matter
+
+struct Group {
+  const float* w;
+  const float* d;
+  int64_t n;
+};
+
+struct Solver {
+  Codebook book;
+  bool exact;
+  int64_t max_iter;
+};
+
+inline int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
+
+// Runs body(block, begin, end) for every block of [0, n), on torch's pool.
+template <typename Body>
+void for_each_block(int64_t n, const Body& body) {
+  const int64_t blocks = blocks_of(n);
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) body(b, b * kBlock, std::min(n, (b + 1) * kBlock));
+  });
+}
+
+inline Pair in_order(const std::vector<Pair>& parts) {
+  Pair sum;
+  for (const Pair& part : parts) sum.first += part.first, sum.second += part.second;
+  return sum;
+}
+
+// Σ d|w| and Σ d.
+Pair weighted_sums(const Group& group);
+
+// `init` is the last scale, 0 for none; `sums` the weighted sums where they are known. Always positive.
+float solve_scale(const Group& group, const Solver& solver, float init, const Pair* sums);
+
+}  // namespace blaq
