@@ -29,6 +29,21 @@ def test_fullgraph_compile_with_any_batch(backend, batches):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_compiled_model_packs_saves_and_loads_under_its_own_names(batches, tmp_path):
+    torch._dynamo.reset()
+    net = small_net()
+    model = torch.compile(net, backend="eager")
+    x = batches[0]
+    expected = model(x)
+    assert blaq.pack(model, skip="6") is model and type(net[8]) is blaq.PackedLinear
+    torch.testing.assert_close(model(x), expected)
+    blaq.save(model, tmp_path / "f")
+    assert sorted(blaq.inspect(tmp_path / "f").layers) == ["3", "8"]
+    other = torch.compile(small_net(known=False, seed=1), backend="eager")
+    assert blaq.load(tmp_path / "f", other) is other
+    torch.testing.assert_close(other(x), expected)
+
+
 def test_compiled_gradients_are_the_eager_ones(batches):
     torch._dynamo.reset()
     model = packed_net()

@@ -55,7 +55,8 @@ def pack(model: nn.Module, *, bits: int | None = None, codebook: str | Sequence[
     require(bits in (None, 1, 2, 3, 4), "pack", "bits", "be 1, 2, 3 or 4", bits)
     require(group_size >= -1, "pack", "group_size", "be 0, -1 or positive", group_size)
     levels = None if bits is None else levels_for(codebook, bits)
-    names = dict(model.named_modules(remove_duplicate=False))
+    names = {name.removeprefix("_orig_mod."): module  # without what torch.compile puts in front
+             for name, module in model.named_modules(remove_duplicate=False)}
     skipped = _skipped(names, skip)
     wanted = {m: name for name, m in _unique(names)
               if (is_quantized(m) if levels is None else isinstance(m, tuple(PACKED_OF)))}

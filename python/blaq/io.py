@@ -67,7 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the model has no packed layer, or a tensor that the format cannot hold.
     """
-    path = Path(path)
+    path, model = Path(path), _bare(model)
     require = requirer("save", path)
     specs = {name: PackedSpec.of(layer) for name, layer in _modules(model).items()
              if isinstance(layer, PackedLayer)}
@@ -109,6 +109,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             names the file, the tensor and the rule. The model is unchanged.
     """
     require = requirer("load", path)
+    compiled, model = model, _bare(model)
     with _opened(path, require) as (file, handle):
         layers = _match_layers(file, model, require)
         others = _match_others(file, model, require)
@@ -121,10 +122,10 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     for name, owner in _owners(others).items():
         require(tensors[name].equal(tensors[owner]), name, f"equal {owner}, the same tensor of the "
                 "model", "other values")
-    model = replace(model, new)
+    loaded = replace(model, new)
     assign = any(value.is_meta for value in others.values())
-    model.load_state_dict({name: tensors[name] for name in others}, strict=False, assign=assign)
-    return model
+    loaded.load_state_dict({name: tensors[name] for name in others}, strict=False, assign=assign)
+    return compiled if loaded is model else loaded
 
 
 def inspect(path: str | os.PathLike[str]) -> PackedFile:
@@ -137,6 +138,11 @@ def inspect(path: str | os.PathLike[str]) -> PackedFile:
     with _opened(path, require) as (file, handle):
         _read(file, handle, require)
     return file
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile returns, whose names have a prefix."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
