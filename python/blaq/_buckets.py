@@ -79,6 +79,8 @@ class Bucket:
 
     def write_params(self) -> None:
         """Make every parameter what its latent weights stand for."""
+        if "latent" not in self.states[0]:
+            return
         for param, state in zip(self.params, self.states, strict=True):
             write_param(param, state, self.group)
         self._mark_written()
