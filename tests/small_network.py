@@ -1,4 +1,4 @@
-"""A small convolutional network, its training step and bitwise comparison, for tests of training."""
+"""A small network, its training step and bitwise comparison, for tests of training."""
 
 import copy
 

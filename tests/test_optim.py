@@ -22,7 +22,7 @@ from blaq_kernels.codebook import levels_of
 
 
 def equations_step(grads, latent, exp_avg, exp_avg_sq, scale, t, a, levels, hyper):
-    """One step for one tensor from the equation-level ops. ``grads(weight)`` is the loss's gradient.
+    """One step for one tensor from the equation-level ops; ``grads(weight)`` is the gradient.
     Returns the new (param, latent, exp_avg, exp_avg_sq, scale)."""
     lr, beta1, beta2, eps, decay, clip, group_size, max_iter, method = hyper
     ops = torch.ops.blaq
@@ -84,11 +84,12 @@ def test_trajectory_equals_the_equations(bits, group_size, method, backtrack):
         param, latent, m, v, scale = equations_step(
             lambda w: 4 * (w - wanted).pow(3), latent, m, v, scale, t, backtrack, levels, hyper)
         state = opt.state[weight]
-        for actual, expected in ((state["latent"], latent), (state["exp_avg"], m),
-                                 (state["exp_avg_sq"], v), (state["scale"], scale), (weight, param)):
+        names = ("latent", "exp_avg", "exp_avg_sq", "scale")
+        for actual, expected in zip((weight, *(state[name] for name in names)),
+                                    (param, latent, m, v, scale), strict=True):
             torch.testing.assert_close(actual.detach(), expected, rtol=2e-5, atol=1e-6)
         assert state["step"].item() == t
-        latent, m, v, scale = (state[k].clone() for k in ("latent", "exp_avg", "exp_avg_sq", "scale"))
+        latent, m, v, scale = (state[name].clone() for name in names)
     assert_param_is_quantized_latent(opt)
 
 
@@ -118,7 +119,7 @@ def test_without_closure_the_error_names_the_ways_out():
     opt = make_optimizer(model)
     make_closure(model, opt)()
     before = snapshot(model, opt)
-    with pytest.raises(RuntimeError, match=r"step\(closure\).*trial_step\(\).*one_pass.*backtrack=1"):
+    with pytest.raises(RuntimeError, match=r"step\(closure\).*trial_step.*one_pass.*backtrack=1"):
         opt.step()
     assert_same(snapshot(model, opt), before)
 
@@ -275,7 +276,7 @@ BAD_GROUPS = [
     ({"bits": 5}, "bits must be 1, 2, 3, 4, 8 or None, got 5"),
     ({"params": [torch.ones(3, 2).t()]}, r"params\[0\] must be contiguous, got strides \[1, 2\]"),
     ({"params": [torch.ones(2, dtype=torch.float64)]}, r"params\[0\] must be float32, bfloat16"),
-    ({"params": [torch.tensor([1.0, float("nan")])]}, r"params\[0\] must be finite, got NaN or Inf"),
+    ({"params": [torch.tensor([1.0, float("nan")])]}, r"params\[0\] must be finite, got NaN"),
     ({"params": [torch.ones(0, 3)]}, r"params\[0\] must have elements, got \[0, 3\]"),
 ]
 

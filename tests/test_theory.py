@@ -1,4 +1,4 @@
-"""What theory says of LAQ and BLAQ, through the ops and through the optimizer (docs/algorithm.md)."""
+"""What theory says of LAQ and BLAQ, through ops and optimizer (docs/algorithm.md)."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ ops = torch.ops.blaq
 
 @pytest.mark.parametrize("backtrack", [0.6, 0.75, 0.9, 1.0])
 def test_scalar_power_law(backtrack):
-    """|w|^1.5 with the exact Hessian as D, one bit: LAQ maps w to -w for ever, BLAQ to (3 - 4a) w."""
+    """|w|^1.5, the exact Hessian as D, one bit: LAQ maps w to -w for ever, BLAQ to (3 - 4a) w."""
     w = torch.tensor([0.7], dtype=torch.float64)
     for _ in range(6):
         quantized = w  # one weight and one scale: α = |w|, so quantization changes nothing

@@ -1,8 +1,8 @@
 """Lists of tensors that one kernel call steps together, and the state that they step.
 
-A bucket holds parameters of one group with one dtype, device and step count. ``QuantizedBucket`` is
-BLAQ proper (1 to 4 bits); ``AdamWBucket`` is the rest: parameters in full precision, and 8-bit ones,
-whose latent weights take AdamW's step and are then quantized.
+A bucket holds parameters of one group with one dtype, device and step count. ``QuantizedBucket``
+is BLAQ proper (1 to 4 bits); ``AdamWBucket`` is the rest: parameters in full precision, and 8-bit
+ones, whose latent weights take AdamW's step and are then quantized.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blaq_kernels.reference import SCALE_TINY, scale_shape, to_groups
+from blaq_kernels.schemas import require
 
 from .codebook import levels_for
 from .quantization import Quantization, record
@@ -53,13 +54,19 @@ def absmax(latent: Tensor, group_size: int) -> Tensor:
 
 
 def write_param(param: Tensor, state: State, group: Group) -> Tensor:
-    """Make ``param`` what its latent weights stand for: quantized, or rounded to a narrower dtype."""
+    """Make ``param`` what its latent weights stand for: quantized, or rounded to its dtype."""
     if group["bits"] is not None:
         param.copy_(torch.ops.blaq.fake_quantize.default(state["latent"], state["scale"],
                                                          levels_in(group), group["group_size"]))
     elif "latent" in state:
         param.copy_(state["latent"])
     return param
+
+
+def laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
+    """A copy of ``grad`` with the strides of ``param``."""
+    require(grad.layout == torch.strided, "BLAQ.step", "grad", "be dense", grad.layout)
+    return torch.empty_like(param).copy_(grad)
 
 
 class Bucket:
@@ -99,8 +106,8 @@ class Bucket:
 
     def gradients(self) -> list[Tensor]:
         """``grad`` of every parameter, contiguous as the kernels want it."""
-        grads = [param.grad for param in self.params]
-        return [grad if grad.is_contiguous() else grad.contiguous() for grad in grads]
+        grads = [(param.grad, param) for param in self.params]
+        return [g if g.is_contiguous() else laid_out_as(p, g) for g, p in grads]
 
     def find_nonfinite(self, grads: list[Tensor]) -> Tensor:
         """Float32 0-dim: 1 if a gradient has NaN or Inf. GradScaler's kernel: for 200 small tensors
@@ -187,8 +194,7 @@ class AdamWBucket(Bucket):
     def gradients(self) -> list[Tensor]:
         """``grad`` of every parameter, laid out as the parameter: torch's kernel wants that."""
         grads = [(param.grad, param) for param in self.params]
-        return [grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
-                for grad, param in grads]
+        return [g if g.stride() == p.stride() else laid_out_as(p, g) for g, p in grads]
 
     def update(self, grads: list[Tensor], trial_grads: list[Tensor], grad_scale: Tensor | None,
                found_inf: Tensor | None) -> None:

@@ -16,8 +16,8 @@ def levels_for(codebook: str | Sequence[float], bits: int) -> tuple[float, ...]:
     """Ascending magnitudes for a layer of this width.
 
     Args:
-        codebook: a name that :func:`levels_of` knows, or the magnitudes themselves; at 8 bits it has
-            no part: sign and 7 bits of a uniform grid, 0, 1/127, …, 1.
+        codebook: a name that :func:`levels_of` knows, or the magnitudes themselves; no part at 8
+            bits: sign and 7 bits of a uniform grid, 0, 1/127, …, 1.
         bits: 1, 2, 3, 4 or 8.
 
     Raises:

@@ -2,8 +2,9 @@
 
 Shapes: a weight is ``[N, K]`` (a conv weight counts as ``[out, in·kh·kw]``, a vector as one row).
 ``group_size`` 0 is one scale for the tensor, -1 one for each row, g > 0 one for each g inputs of a
-row; ``scale`` is then ``[1]``, ``[N, 1]`` or ``[N, ceil(K/g)]``. ``levels`` are a codebook's ascending
-magnitudes, the largest 1.0 (:func:`blaq.levels_of`). Equations are those of BLAQ (arXiv 2401.16760).
+row; ``scale`` is then ``[1]``, ``[N, 1]`` or ``[N, ceil(K/g)]``. ``levels`` are a codebook's
+ascending magnitudes, the largest 1.0 (:func:`blaq.levels_of`). Equations are BLAQ's (arXiv
+2401.16760).
 
 A broken rule raises ``blaq.<op>: <argument> must <rule>, got <value>`` before anything is changed.
 """
@@ -54,7 +55,7 @@ def solve(latent: Tensor, curvature: Tensor, levels: Sequence[float], group_size
         latent: float32, ``[N, ...]``, contiguous.
         curvature: like ``latent``: the weights d; values below 1e-8 count as 1e-8.
         levels: 1 to 8 magnitudes.
-        init_scale: float32, shape of ``scale``: warm start of the alternation; None: weighted mean of |w|.
+        init_scale: float32, shape of ``scale``: warm start; None: the weighted mean of |w|.
         max_iter: most alternations; no part at 1 bit and for ``exact``.
         method: ``alternating`` (the paper's) or ``exact`` (the global minimum, within 0.1 %).
 
@@ -70,7 +71,7 @@ def fused_trial(params: Sequence[Tensor], grads: Sequence[Tensor], latents: Sequ
                 eps: float, weight_decay: float, clip: float, levels: Sequence[float],
                 group_size: int, max_iter: int, method: str, grad_scale: Tensor | None = None,
                 found_inf: Tensor | None = None) -> None:
-    """Stage 1 for a list of tensors: trial weights ω̂* = solve(ω*, D) into ``params``; writes no more.
+    """Stage 1 for a list of tensors: writes the trial weights ω̂* = solve(ω*, D), nothing else.
 
     Args:
         params: float32, bfloat16 or float16, contiguous; **written**.

@@ -42,8 +42,8 @@ def flip_ratio(optimizer: BLAQ) -> float:
 
     0.0 before the first step, and where nothing is quantized.
     """
-    counts = [(quantization.flips, param.numel()) for param, _, quantization in _quantized(optimizer)
-              if quantization.flips is not None]
+    counts = [(quantization.flips, param.numel())
+              for param, _, quantization in _quantized(optimizer) if quantization.flips is not None]
     total = sum(numel for _, numel in counts)
     return sum(int(flips) for flips, _ in counts) / total if total else 0.0
 

@@ -1,4 +1,4 @@
-"""The BLAQ optimizer: stages, closures, checks and checkpoints; ``_buckets.py`` calls the kernels."""
+"""The BLAQ optimizer: stages, closures, checks, checkpoints; ``_buckets.py`` calls the kernels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _Exact:
 
 
 class BLAQ(Optimizer):
-    """Trains weights of 1 to 4 bits by one step forward and backtrack (AAAI 2024, arXiv 2401.16760).
+    """Trains weights of 1 to 4 bits by one step forward and backtrack (arXiv 2401.16760).
 
     Every quantized parameter holds its quantized weight from construction on, so the model runs,
     evaluates and saves what will be shipped; the float weights it had become ``state["latent"]``.
@@ -67,17 +67,17 @@ class BLAQ(Optimizer):
 
         loss = opt.step(closure)
 
-    The second evaluation replays torch's random state and leaves no trace in the model's buffers (batch-norm
-    statistics); the model is known from ``param_groups``, or from a key ``model`` in a group. Without
-    a closure: ``backtrack=1`` (LAQ) and ``one_pass=True`` need one evaluation, ``step()`` after
-    ``backward()``; else see :meth:`trial_step`. Gradients in fp16 by ``torch.amp.GradScaler`` work
-    without a closure, as GradScaler takes none.
+    The second evaluation replays torch's random state and leaves no trace in the model's buffers
+    (batch-norm statistics); the model is known from ``param_groups``, or from a key ``model`` in a
+    group. Without a closure: ``backtrack=1`` (LAQ) and ``one_pass=True`` need one evaluation, so
+    ``step()`` after ``backward()``; else see :meth:`trial_step`. In fp16,
+    ``torch.amp.GradScaler`` works without a closure, as it takes none.
 
     Not for: parameters that are not contiguous, sparse gradients, complex numbers.
 
     Args:
-        params: groups from :func:`blaq.param_groups`, or any that torch's optimizers take; a group's
-            key ``bits`` (1 to 4, or 8) makes its parameters quantized. Float32, bfloat16 or float16.
+        params: groups from :func:`blaq.param_groups`, or any that torch's optimizers take; the key
+            ``bits`` (1 to 4, or 8) makes a group quantized. Float32, bfloat16 or float16.
         lr: learning rate, at least 0; a float or a tensor of one element.
         codebook: name or magnitudes, see :func:`blaq.levels_for`.
         group_size: 0 one scale for a tensor (the paper), -1 for a row, g > 0 for g inputs of a row.
@@ -163,8 +163,8 @@ class BLAQ(Optimizer):
         """One step; algorithm.md, stages 1 and 2.
 
         Args:
-            closure: clears gradients, evaluates the loss, calls ``backward`` and returns the loss. Run
-                :attr:`evaluations_per_step` times, at once. If the second run raises, the
+            closure: clears gradients, evaluates the loss, calls ``backward`` and returns the loss.
+                Run :attr:`evaluations_per_step` times, at once. If the second run raises, the
                 parameters, buffers and generators are put back.
 
         Returns:
@@ -174,26 +174,27 @@ class BLAQ(Optimizer):
             RuntimeError: no closure where one is needed; a gradient is not finite.
             ValueError: the closure returns no scalar.
         """
-        loss = None
-        if closure is not None:
-            if self._pending is not None:
-                raise RuntimeError("blaq.BLAQ.step: closure must not be given after trial_step()")
-            random_state = RandomState()
-            loss = evaluate(closure)
-            if self.evaluations_per_step == 2:
-                try:
-                    self.trial_step()
-                    with trial_pass(self._modules, random_state):
-                        evaluate(closure)
-                except BaseException:
-                    self.cancel_trial()
-                    raise
-        elif self._pending is None and self.evaluations_per_step == 2:
+        two = self.evaluations_per_step == 2
+        if closure is not None and self._pending is not None:
+            raise RuntimeError("blaq.BLAQ.step: closure must not be given after trial_step()")
+        if closure is None and self._pending is None and two:
             raise RuntimeError(
                 "blaq.BLAQ.step: a closure must be given where backtrack < 1, got none; try "
                 "step(closure), or trial_step() and a second evaluation before step(), or one "
                 "evaluation with one_pass=True or backtrack=1 (LAQ)")
-        self._commit()
+        loss = None
+        try:
+            if closure is not None:
+                random_state = RandomState()
+                loss = evaluate(closure)
+                if two:
+                    self.trial_step()
+                    with trial_pass(self._modules, random_state):
+                        evaluate(closure)
+            self._commit()
+        except BaseException:
+            self.cancel_trial()
+            raise
         return loss
 
     @torch.no_grad()
@@ -201,8 +202,8 @@ class BLAQ(Optimizer):
         """Stage 1 for loops that cannot give a closure: call it after ``backward``.
 
         Takes the gradients (``grad`` becomes None), writes trial weights into the parameters and
-        changes nothing else. Then evaluate again inside :func:`blaq.trial_pass` and call ``step()``;
-        :meth:`cancel_trial` goes back instead.
+        changes nothing else. Then evaluate again inside :func:`blaq.trial_pass` and call
+        ``step()``; :meth:`cancel_trial` goes back instead.
 
         Args:
             grad_scale: ``scaler.get_scale()`` where the loss was scaled by a GradScaler.
@@ -232,7 +233,7 @@ class BLAQ(Optimizer):
 
     @torch.no_grad()
     def cancel_trial(self) -> None:
-        """Undo :meth:`trial_step`: quantized weights and gradients as they were. No trial: no effect."""
+        """Undo :meth:`trial_step`, if one is under way: weights and gradients as they were."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -287,14 +288,13 @@ class BLAQ(Optimizer):
 
     def _find_nonfinite(self, buckets: list[Bucket], grads: list[list[Tensor]],
                         quiet: bool = False) -> Tensor | None:
-        """A flag, float32, if a gradient is not finite and that may pass; else raises or is None."""
+        """Raises for a gradient that is not finite; where that may pass, a float32 flag of it."""
         flag = None
         for bucket, members in zip(buckets, grads, strict=True):
             found = bucket.find_nonfinite(members)
             if bucket.group["on_nonfinite"] == "skip" or quiet:
                 flag = found if flag is None else flag.to(found.device) + found
             elif found.item():
-                self.cancel_trial()
                 bad = next(i for i, grad in enumerate(members) if not grad.isfinite().all())
                 raise RuntimeError(
                     f"blaq.BLAQ.step: gradient of {self._name(bucket.params[bad])} must be finite, "
@@ -317,13 +317,13 @@ class BLAQ(Optimizer):
                 write_param(param, self.state[param], group)
 
     def _active_buckets(self) -> list[Bucket]:
-        """Buckets of the parameters that have a gradient now, which nobody else may have written."""
+        """Buckets of the parameters with a gradient; nobody else may have written a parameter."""
         for bucket in (*self._buckets, *self._idle):
             param = bucket.overwritten()
             if param is not None:
                 raise RuntimeError(
-                    f"blaq.BLAQ.step: {self._name(param)} must be written by the optimizer alone, got "
-                    "other values; try loading weights before making the optimizer")
+                    f"blaq.BLAQ.step: {self._name(param)} must be written by the optimizer alone, "
+                    "got other values; try loading weights before making the optimizer")
         if any(p.grad is None for bucket in self._buckets for p in bucket.params) or any(
                 p.grad is not None for bucket in self._idle for p in bucket.params):
             self._fill_buckets(lambda param: param.grad is not None)
@@ -370,7 +370,8 @@ class BLAQ(Optimizer):
 
     def _check_checkpoint(self, saved: dict[str, Any]) -> None:
         op = "BLAQ.load_state_dict"
-        for i, (old, group) in enumerate(zip(saved["param_groups"], self.param_groups, strict=False)):
+        pairs = zip(saved["param_groups"], self.param_groups, strict=False)  # torch checks lengths
+        for i, (old, group) in enumerate(pairs):
             for key in QUANTIZATION_KEYS:
                 require(key in old and old[key] == group[key], op, f"param_groups[{i}][{key!r}]",
                         f"be {group[key]!r} as in this optimizer", repr(old.get(key)))
@@ -387,7 +388,7 @@ class BLAQ(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.defaults.pop("differentiable", None)  # torch's addition, not an option of this optimizer
+        self.defaults.pop("differentiable", None)  # torch adds it: no option of this optimizer
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""Parameter groups of :class:`blaq.BLAQ`: which layers have how many bits, and what a group may hold."""
+"""Parameter groups of :class:`blaq.BLAQ`: the bits of each layer, and what a group may hold."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ WIDTHS = (1, 2, 3, 4, 8)
 
 def param_groups(model: nn.Module, bits: Width | Mapping[str, Width] = 1, *,
                  skip: Iterable[str] = (), first: Width = None, last: Width = None,
-                 codebook: str | Sequence[float] = "pow2",
-                 group_size: int = 0) -> list[dict[str, Any]]:
+                 codebook: str | Sequence[float] | None = None,
+                 group_size: int | None = None) -> list[dict[str, Any]]:
     """Split a model's parameters by the width that their layer is quantized to.
 
     The weights of Linear and Conv layers are quantized; norms, biases and embeddings (also one that
@@ -37,13 +37,13 @@ def param_groups(model: nn.Module, bits: Width | Mapping[str, Width] = 1, *,
             to one of these; layers without a match stay in full precision.
         skip: names or patterns of layers that stay in full precision.
         first, last: width of the first and the last quantizable layer in the order of
-            ``model.named_modules()``; None: as ``bits`` says. Often 8 or ``"fp"`` in the literature;
-            the paper quantizes every layer of its small networks.
-        codebook: a name that :func:`blaq.levels_of` knows, or magnitudes; see :func:`blaq.levels_for`.
-        group_size: 0 one scale for a tensor (the paper), -1 for a row, g > 0 for g inputs.
+            ``model.named_modules()``; None: as ``bits`` says.
+        codebook: a name that :func:`blaq.levels_of` knows, or magnitudes.
+        group_size: 0 one scale for a tensor (the paper), -1 for a row, g > 0 for g inputs. None for
+            either: as the optimizer says.
 
     Returns:
-        Groups that carry names (``param_names``), ``bits``, ``codebook``, ``group_size``, ``model``.
+        Groups that carry names, ``bits``, ``model`` and, where given, ``codebook``, ``group_size``.
         Add keys (``lr``, ``weight_decay``, …) to a group as to any optimizer's.
 
     Raises:
@@ -63,16 +63,18 @@ def param_groups(model: nn.Module, bits: Width | Mapping[str, Width] = 1, *,
         if width is not None:
             widths.update(dict.fromkeys(name, _width(argument, width)))
     by_param = _by_param(model, layers, widths)
-    for width in sorted({w for w in by_param.values() if w is not None}):
-        levels_for(codebook, width)
+    options = {"codebook": codebook, "group_size": group_size}
+    options = {key: value for key, value in options.items() if value is not None}
+    if codebook is not None:
+        for width in sorted({w for w in by_param.values() if w is not None}):
+            levels_for(codebook, width)
 
     members: dict[int | None, list[tuple[str, Tensor]]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad:
             width = by_param.get(param)
             members.setdefault(width, []).append((_plain(name), param))
-    options = {"codebook": codebook, "group_size": group_size, "model": model}
-    return [{"params": members[width], "bits": width, **options}
+    return [{"params": members[width], "bits": width, "model": model, **options}
             for width in sorted(members, key=lambda w: (w is None, w))]
 
 
@@ -119,7 +121,8 @@ def _by_param(model: nn.Module, layers: dict[str, nn.Module],
             continue
         width = None if id(weight) in embedded else widths[name]
         require(found.setdefault(weight, width) == width, "param_groups", "bits",
-                "be one width for a weight that layers share", f"{found[weight]} and {width} at {name!r}")
+                "be one width for a weight that layers share",
+                f"{found[weight]} and {width} at {name!r}")
     return found
 
 

@@ -1,6 +1,6 @@
 """The second evaluation of a step sees what the first saw: same dropout masks, same buffers.
 
-``BLAQ.step(closure)`` does this itself. A loop that calls ``trial_step`` and ``step`` by hand writes::
+``BLAQ.step(closure)`` does this itself. A loop that calls ``trial_step`` and ``step`` writes::
 
     random_state = blaq.RandomState()                # before the forward pass
     loss_of(model(x), y).backward()
@@ -41,7 +41,7 @@ class RandomState:
 
 
 def modules_with_buffers(model: nn.Module) -> list[nn.Module]:
-    """The modules of ``model`` that own a buffer: what an evaluation may change besides gradients."""
+    """The modules that own a buffer: what an evaluation may change besides gradients."""
     return [m for m in model.modules() if any(b is not None for b in m._buffers.values())]
 
 
@@ -51,8 +51,8 @@ def trial_pass(modules: nn.Module | Iterable[nn.Module],
     """Evaluate at the trial weights without leaving a trace (algorithm.md, stage 1, step 5).
 
     On leaving, also by an exception, every buffer (batch norm's running statistics and its count)
-    and every generator is as on entering. Inside, batch norm normalises by the batch as ever. Buffers
-    are copied and put back rather than frozen: this holds for any module, compiled or not.
+    and every generator is as on entering. Inside, batch norm normalises by the batch as ever.
+    Buffers are copied and put back rather than frozen: this holds for any module, compiled or not.
 
     Args:
         modules: the model, or the modules whose buffers are kept.
