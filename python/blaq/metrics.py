@@ -80,6 +80,29 @@ class OscillationTracker:
             direction.copy_(torch.where(change == 0, direction, change))
             rank.copy_(new)
 
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """What was seen, for a checkpoint: three tensors a parameter, in the optimizer's order."""
+        seen = [self._seen[param] for param, _, _ in _quantized(self.optimizer)]
+        names = ("rank", "direction", "frequency")
+        return {name: [entry[i] for entry in seen] for i, name in enumerate(names)}
+
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+        """Go on from :meth:`state_dict`, with an optimizer of the same parameters.
+
+        Raises:
+            ValueError: the shapes are other parameters'; nothing was changed.
+        """
+        mine = self.state_dict()
+        for name, tensors in mine.items():
+            shapes = [list(t.shape) for t in tensors]
+            got = [list(t.shape) for t in state.get(name, [])]
+            if got != shapes:
+                raise ValueError(f"blaq.OscillationTracker.load_state_dict: {name} must have "
+                                 f"shapes {shapes}, got {got}")
+        for name, tensors in mine.items():
+            for tensor, saved in zip(tensors, state[name], strict=True):
+                tensor.copy_(saved)
+
     def frequency(self) -> float:
         """Mean over all weights."""
         return self._mean(lambda f: f)
