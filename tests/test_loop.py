@@ -1,0 +1,219 @@
+"""Training: learns, is reproducible, and resumes bit for bit wherever it was interrupted."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import blaq
+from blaq.train import data as datasets
+from blaq.train import loop
+from blaq.train.checkpoint import CHECKPOINT, CONFIG, METRICS
+from blaq.train.config import TrainConfig
+from blaq.train.loop import evaluate, learning_rate, restore, train
+from blaq.train.models import build
+from blaq.train.weights import save_weights
+
+SMALL = {"width": 0.1, "epochs": 4, "batch_size": 16, "threads": 1, "lr": 0.01}
+METHODS = {
+    "fp": {"method": "fp", "max_grad_norm": 1.0},
+    "laq": {"method": "laq", "bits": 2, "group_size": -1},
+    "blaq": {"bits": 1, "augment": True, "last_bits": "8"},
+    "one-pass": {"bits": 3, "one_pass": True, "solve": "exact", "first_bits": "fp"},
+    "batch-norm": {"model": "mlp4", "width": 0.01, "bits": 2, "amp": "bf16", "schedule": "step"},
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    """200 and 80 of the digits."""
+    def head(split, count):
+        return datasets.Split(split.images[:count], split.labels[:count], 10, split.mean, split.std)
+
+    digits = datasets.load("digits")
+    return datasets.Data(head(digits.train, 200), head(digits.test, 80))
+
+
+def config(name, **changes):
+    return TrainConfig(**{**SMALL, **METHODS[name], **changes})
+
+
+def tensors(value):
+    """All tensors in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value
+    nested = (dict, list, tuple, torch.Tensor)
+    return [t for v in values if isinstance(v, nested) for t in tensors(v)]
+
+
+def assert_same(first, second, out, other):
+    """Two runs: every tensor of model and optimizer, every metric but the time."""
+    for a, b in ((first.model, second.model), (first.optimizer, second.optimizer)):
+        left, right = tensors(a.state_dict()), tensors(b.state_dict())
+        assert len(left) == len(right) > 0
+        assert all(torch.equal(x, y) for x, y in zip(left, right, strict=True))
+    lines = [[json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+             for folder in (out, other)]
+    for line in (*lines[0], *lines[1]):
+        assert line.pop("seconds") >= 0
+    assert lines[0] == lines[1]
+    assert [line["epoch"] for line in lines[0]] == list(range(1, len(lines[0]) + 1))
+
+
+class Kill(BaseException):
+    """Ends a run where Ctrl-C or a kill would."""
+
+
+def killed(config, out, data, epoch, batch):
+    def on_batch(*at):
+        if at[:2] == (epoch, batch):
+            raise Kill
+
+    with pytest.raises(Kill):
+        train(config, out, data=data, on_batch=on_batch)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, data, name):
+    whole = train(config(name), tmp_path / "whole", data=data)
+    killed(config(name), tmp_path / "parts", data, 1, 5)  # before there is a checkpoint
+    assert not (tmp_path / "parts" / CHECKPOINT).exists()
+    killed(config(name), tmp_path / "parts", data, 3, 7)
+    with open(tmp_path / "parts" / METRICS, "a") as file:
+        file.write('{"epoch": 3, "train_lo')  # as if it had died while writing
+    seen = []
+    resumed = train(config(name), tmp_path / "parts", data=data, on_epoch=seen.append)
+    assert [line["epoch"] for line in seen] == [3, 4]
+    assert_same(whole, resumed, tmp_path / "whole", tmp_path / "parts")
+    again = train(config(name), tmp_path / "parts", on_batch=lambda *_: pytest.fail("trained"))
+    assert_same(whole, again, tmp_path / "whole", tmp_path / "parts")
+    restored_config, restored = restore(tmp_path / "parts")
+    assert restored_config == config(name)
+    assert_same(whole, restored, tmp_path / "whole", tmp_path / "parts")
+
+
+def test_more_epochs_go_on_where_the_schedule_allows(tmp_path, data):
+    flat = {"schedule": "none"}
+    whole = train(config("blaq", **flat), tmp_path / "whole", data=data)
+    train(config("blaq", epochs=2, **flat), tmp_path / "parts", data=data)
+    longer = train(config("blaq", **flat), tmp_path / "parts", data=data)
+    assert_same(whole, longer, tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(ValueError, match="epochs must be at least 4, which .* got 3"):
+        train(config("blaq", epochs=3, **flat), tmp_path / "parts", data=data)
+
+
+def test_a_folder_with_a_run(tmp_path, data):
+    train(config("laq", epochs=1), tmp_path, data=data)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {CHECKPOINT, CONFIG, METRICS}
+    with pytest.raises(ValueError, match="out must be a folder without a run.*try --resume"):
+        train(config("laq", epochs=1), tmp_path, data=data, resume=False)
+    with pytest.raises(ValueError, match=r"lr must be 0.01, as the run in .* began, got 0.02"):
+        train(config("laq", epochs=1, lr=0.02), tmp_path, data=data)
+    (tmp_path / CHECKPOINT).write_bytes(before[CHECKPOINT][:-7])
+    with pytest.raises(ValueError, match="file must be a whole checkpoint"):
+        train(config("laq", epochs=1), tmp_path, data=data)
+    (tmp_path / CHECKPOINT).write_bytes(before[CHECKPOINT])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_seed_decides_and_the_caller_s_state_stays(tmp_path, data):
+    torch.manual_seed(11)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    first = train(config("blaq", epochs=1), tmp_path / "a", data=data)
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+    torch.manual_seed(12)
+    second = train(config("blaq", epochs=1), tmp_path / "b", data=data)
+    assert_same(first, second, tmp_path / "a", tmp_path / "b")
+    other = train(config("blaq", epochs=1, seed=1), tmp_path / "c", data=data)
+    assert other.history[0]["train_loss"] != first.history[0]["train_loss"]
+
+
+@pytest.mark.parametrize(("name", "evaluations"),
+                         [("fp", 1), ("laq", 1), ("blaq", 2), ("one-pass", 1)])
+def test_gradient_evaluations_are_counted(tmp_path, data, name, evaluations):
+    result = train(config(name, epochs=2), tmp_path, data=data)
+    assert [line["evaluations"] for line in result.history] == [12 * evaluations, 24 * evaluations]
+    measured = name != "fp"
+    assert all((line["flip_ratio"] is not None) == measured for line in result.history)
+    assert all((line["oscillation"] is not None) == measured for line in result.history)
+    untracked = train(config(name, epochs=1, track_oscillation=False), tmp_path / "x", data=data)
+    assert untracked.history[0]["oscillation"] is None
+
+
+def test_laq_is_blaq_with_backtrack_1(tmp_path, data):
+    laq = train(config("laq"), tmp_path / "laq", data=data)
+    blaq_1 = train(config("laq", method="blaq", backtrack=1.0), tmp_path / "blaq", data=data)
+    assert_same(laq, blaq_1, tmp_path / "laq", tmp_path / "blaq")
+
+
+@pytest.mark.parametrize("method", ["fp", "laq", "blaq"])
+def test_learns_the_digits(tmp_path, method):
+    run = TrainConfig(method=method, width=0.3, epochs=5, lr=3e-3, threads=1)
+    model, _, history = train(run, tmp_path)
+    assert history[-1]["test_accuracy"] > 0.9
+    assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
+    test = datasets.load("digits").test
+    accuracy = history[-1]["test_accuracy"]
+    assert evaluate(model, test) == (history[-1]["test_loss"], accuracy)
+    if method != "fp":  # what was evaluated is what ships
+        assert evaluate(blaq.pack(model), test)[1] == pytest.approx(accuracy, abs=0.003)
+
+
+def test_starts_from_float_weights(tmp_path, data):
+    fp = train(config("fp", epochs=2), tmp_path / "fp", data=data)
+    save_weights(fp.model, tmp_path / "fp.safetensors")
+    tuned = config("laq", init=str(tmp_path / "fp.safetensors"), epochs=1, lr=1e-6)
+    result = train(tuned, tmp_path / "laq", data=data)
+    scratch = train(config("laq", epochs=1, lr=1e-6), tmp_path / "scratch", data=data)
+    assert result.history[0]["train_loss"] < 0.8 * scratch.history[0]["train_loss"]
+    (tmp_path / "fp.safetensors").unlink()  # a run that has begun needs it no more
+    assert len(train(config("laq", init=tuned.init, epochs=2, lr=1e-6, schedule="cosine"),
+                     tmp_path / "laq", data=data).history) == 2
+
+
+def test_training_that_diverges_is_an_error(tmp_path, data, monkeypatch):
+    broken = data.train.normalise
+    monkeypatch.setattr(datasets.Split, "normalise", lambda self, x: broken(x) * float("nan"))
+    with pytest.raises(RuntimeError, match="loss must be finite, got nan in epoch 1"):
+        train(config("fp"), tmp_path / "fp", data=data)
+    with pytest.raises(RuntimeError, match="gradient of 'conv1.weight' must be finite"):
+        train(config("laq"), tmp_path / "laq", data=data)
+    assert not (tmp_path / "fp" / CHECKPOINT).exists()
+
+
+def test_layers_get_their_widths():
+    run = config("blaq", first_bits="fp", last_bits="4", bits=2)
+    model = build("lenet5", 10, (1, 28, 28), width=0.1)
+    loop.make_optimizer(model, run)
+    widths = {name: getattr(blaq.quantization_of(p), "bits", None)
+              for name, p in model.named_parameters() if name.endswith("weight")}
+    assert widths == {"conv1.weight": None, "conv2.weight": 2, "fc1.weight": 2, "fc2.weight": 4}
+
+
+def test_learning_rate():
+    def rates(**fields):
+        run = TrainConfig(lr=1.0, epochs=8, **fields)
+        return [learning_rate(run, step, 5) for step in range(40)]
+
+    assert rates(schedule="none") == [1.0] * 40
+    assert rates(schedule="step") == pytest.approx([1.0] * 20 + [0.1] * 10 + [0.01] * 10)
+    cosine = rates(schedule="cosine", warmup=2)
+    assert cosine[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert cosine[10] == 1.0 and cosine[25] == pytest.approx(0.5)
+    assert cosine[39] == pytest.approx(0.5 * (1 + math.cos(math.pi * 29 / 30)))
+    assert all(rate > 0 for rate in rates(warmup=100, schedule="cosine"))
+
+
+def test_evaluate_by_hand(data):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10), torch.nn.Dropout(0.9))
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].bias.copy_(torch.tensor([0.0, 2.0] + [0.0] * 8))
+    loss, accuracy = evaluate(model, data.test, batch_size=7)
+    ones = (data.test.labels == 1).double().mean().item()
+    assert accuracy == pytest.approx(ones)
+    assert loss == pytest.approx(math.log(9 + math.exp(2)) - 2 * ones, rel=1e-5)
+    assert model.training
