@@ -14,7 +14,8 @@ COMPILE = [
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # stable ABI of torch 2.10: serves every later one
 ]
 if platform.machine() == "x86_64":
-    COMPILE.append("-Wno-psabi")  # vectors never cross a function boundary that is not inlined
+    COMPILE += ["-Wno-psabi",  # vectors cross only inlined function boundaries
+                "-Wno-maybe-uninitialized"]  # of _mm512_undefined_*: a fault of gcc 12's own headers
 
 extension = CppExtension(
     "blaq_kernels._C",

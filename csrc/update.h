@@ -31,25 +31,31 @@ struct StepScalars {
         one_minus_backtrack(1 - a), inverse_grad_scale(1 / grad_scale) {}
 };
 
-BLAQ_INLINE float second_moment(float v, float g, const StepScalars& s) {
+// T is float, or a vector of them.
+template <typename T>
+BLAQ_INLINE T second_moment(T v, T g, const StepScalars& s) {
   return s.beta2 * v + s.one_minus_beta2 * (g * g);
 }
 
-BLAQ_INLINE float first_moment(float m, float g, const StepScalars& s) {
+template <typename T>
+BLAQ_INLINE T first_moment(T m, T g, const StepScalars& s) {
   return s.beta1 * m + s.one_minus_beta1 * g;
 }
 
-BLAQ_INLINE float curvature_of(float v, const StepScalars& s) {
-  return sqrtf(v * s.inverse_bias2) + s.eps;
+template <typename T, typename Root>
+BLAQ_INLINE T curvature_of(T v, const StepScalars& s, const Root& root) {
+  return root(v * s.inverse_bias2) + s.eps;
 }
 
 // Eqs. 9 and 10.
-BLAQ_INLINE float blended(float current, float trial, const StepScalars& s) {
+template <typename T>
+BLAQ_INLINE T blended(T current, T trial, const StepScalars& s) {
   return s.backtrack * current + s.one_minus_backtrack * trial;
 }
 
 // Eqs. 6 and 8 with decoupled weight decay; `m` is the committed first moment, d the curvature.
-BLAQ_INLINE float target_of(float latent, float m, float d, const StepScalars& s) {
+template <typename T>
+BLAQ_INLINE T target_of(T latent, T m, T d, const StepScalars& s) {
   return s.decay * latent - s.step_size * m / d;
 }
 

@@ -61,9 +61,9 @@ class Runner {
   Runner(const Stage& stage, bool commits, int64_t parameters)
       : stage_(stage), commits_(commits), streams_(parameters >= kStreamFrom) {}
 
-  // Elements [begin, begin + n) of a weight: the update. w and d are the chunk's; w is unused where the
-  // step commits, for then it is the latent.
-  void update(const Weight& weight, int64_t begin, int64_t n, float* w, float* d) const {
+  // Elements [begin, begin + n) of a weight: the update, and the weighted sums of its result. w and d are
+  // the chunk's; w is unused where the step commits, for then it is the latent. Returns new signs.
+  int64_t update(const Weight& weight, int64_t begin, int64_t n, float* w, float* d, Sums* sums) const {
     float wide[2][kChunk];
     const float factor = stage_.scalars.inverse_grad_scale;
     const auto floats = [&](const void* grad, float* buffer) -> const float* {
@@ -75,12 +75,12 @@ class Runner {
     };
     const float* grad = floats(weight.grad, wide[0]);
     if (commits_) {
-      kernels_.step(grad, floats(weight.trial_grad, wide[1]), weight.latent + begin, weight.m + begin,
-                    weight.v + begin, n, stage_.scalars, d);
-    } else {
-      kernels_.trial(grad, weight.latent + begin, weight.m + begin, weight.v + begin, n, stage_.scalars, w,
-                     d);
+      return kernels_.step(grad, floats(weight.trial_grad, wide[1]), weight.latent + begin,
+                           weight.m + begin, weight.v + begin, n, stage_.scalars, d, sums);
     }
+    kernels_.trial(grad, weight.latent + begin, weight.m + begin, weight.v + begin, n, stage_.scalars, w, d,
+                   sums);
+    return 0;
   }
 
   void write(const Weight& weight, int64_t begin, int64_t n, const float* values) const {
@@ -93,19 +93,23 @@ class Runner {
 
   // A whole group by one thread. Returns the number of flips, where they are counted.
   int64_t run_group(const Weight& weight, int64_t begin, int64_t n, float* scale) const {
-    const bool counts = commits_ && weight.flips;
+    const bool counts = commits_ && weight.flips, by_signs = book().is_binary();
     Scratch scratch(2 * Scratch::bytes_of<float>(n) + Scratch::bytes_of<uint8_t>(n));
     float* d = scratch.take<float>(n);
     float* own_w = scratch.take<float>(n);
     uint8_t* old = scratch.take<uint8_t>(n);
-    if (counts) kernels_.codes(weight.latent + begin, n, book(), *scale, old);
+    if (counts && !by_signs) kernels_.codes(weight.latent + begin, n, book(), *scale, old);
+    Sums partial;
+    int64_t signs = 0;
     for (int64_t i = 0; i < n; i += kChunk) {
-      update(weight, begin + i, std::min(kChunk, n - i), own_w + i, d + i);
+      signs += update(weight, begin + i, std::min(kChunk, n - i), own_w + i, d + i, &partial);
     }
+    const Pair sums = total(partial);
     const float* w = commits_ ? weight.latent + begin : own_w;
-    const float alpha = solve_scale({w, d, n}, stage_.solver, *scale, nullptr);
+    const float alpha = solve_scale({w, d, n}, stage_.solver, *scale, &sums);
     if (commits_) *scale = alpha;
-    return finish(weight, begin, n, w, alpha, counts ? old : nullptr);
+    const int64_t flips = finish(weight, begin, n, w, alpha, counts && !by_signs ? old : nullptr);
+    return by_signs ? signs : flips;
   }
 
   // Second pass over [begin, begin + n).
@@ -143,21 +147,17 @@ class Runner {
     for_each_block(n, [&](int64_t block, int64_t begin, int64_t end) {
       Sums partial;
       float chunk_w[kChunk], chunk_d[kChunk];
-      uint8_t old[kChunk];
+      int64_t signs = 0;
       for (int64_t i = begin; i < end; i += kChunk) {
         const int64_t count = std::min(kChunk, end - i);
         float* di = d ? d + i : chunk_d;
         float* wi = own_w ? own_w + i : chunk_w;
-        if (counts) kernels_.codes(weight.latent + i, count, book(), old_scale, binary ? old : bytes + i);
-        update(weight, i, count, wi, di);
-        const float* w = commits_ ? weight.latent + i : wi;
-        kernels_.weighted_sums(w, di, count, &partial);
-        if (binary) {
-          kernels_.signs(w, count, bytes + i);
-          if (counts) flips[block] += kernels_.count_different(old, bytes + i, count);
-        }
+        if (counts && !binary) kernels_.codes(weight.latent + i, count, book(), old_scale, bytes + i);
+        signs += update(weight, i, count, wi, di, &partial);
+        if (binary) kernels_.signs(commits_ ? weight.latent + i : wi, count, bytes + i);
       }
       sums[block] = total(partial);
+      flips[block] = signs;
     });
     const Pair all = in_order(sums);
     const float* w = commits_ ? weight.latent : own_w;

@@ -27,12 +27,13 @@ struct TrainingKernels {
   // 16-bit floats to float32 times `factor`, and back with one rounding to nearest even.
   void (*widen)(Dtype, const void* in, float factor, int64_t n, float* out);
   void (*narrow)(Dtype, const float* in, int64_t n, void* out);
-  // Stage 1: w = ω* and d, nothing else is written.
+  // Stage 1: w = ω* and d, nothing else is written. Adds the weighted sums.
   void (*trial)(const float* grad, const float* latent, const float* m, const float* v, int64_t n,
-                const StepScalars&, float* w, float* d);
-  // Stage 2: latent, m and v are updated; trial_grad null is LAQ.
-  void (*step)(const float* grad, const float* trial_grad, float* latent, float* m, float* v, int64_t n,
-               const StepScalars&, float* d);
+                const StepScalars&, float* w, float* d, Sums*);
+  // Stage 2: latent, m and v are updated; trial_grad null is LAQ. Adds the weighted sums of the new
+  // latent; returns how many of its signs are new.
+  int64_t (*step)(const float* grad, const float* trial_grad, float* latent, float* m, float* v, int64_t n,
+                  const StepScalars&, float* d, Sums*);
   // Σ d|w| and Σ d; Σ dβ|w| and Σ dβ². d counts as at least kCurvatureFloor.
   void (*weighted_sums)(const float* w, const float* d, int64_t n, Sums*);
   void (*level_sums)(const float* w, const float* d, int64_t n, const Codebook&, float scale, Sums*);

@@ -1,6 +1,29 @@
 // The functions of TrainingKernels, once for each variant; see foreach_isa.h. Plain loops: the compiler
 // vectorises them, and without contraction the order of every rounding is the source's.
 
+// One native register, and half of its lanes as doubles.
+#if BLAQ_ISA_AVX512
+constexpr int kLanes = 16;
+#elif BLAQ_ISA_AVX2
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kHalf = kLanes / 2;
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef double Doubles __attribute__((vector_size(8 * kHalf)));
+
+static inline Floats broadcast(float x) { return Floats{} + x; }
+
+static inline Floats load(const float* p) {
+  Floats x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
+static inline void store(float* p, Floats x) { __builtin_memcpy(p, &x, sizeof x); }
+
 static inline float magnitude(float x) { return __builtin_fabsf(x); }
 static inline float floored(float d) { return d > kCurvatureFloor ? d : kCurvatureFloor; }
 
@@ -63,86 +86,206 @@ static void narrow(Dtype dtype, const float* in, int64_t n, void* out) {
   }
 }
 
-static void trial(const float* __restrict grad, const float* __restrict latent, const float* __restrict m,
-                  const float* __restrict v, int64_t n, const StepScalars& scalars, float* __restrict w,
-                  float* __restrict d) {
+static inline void widen_halves(Floats x, Doubles& low, Doubles& high) {
+#if BLAQ_ISA_AVX512
+  low = (Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
+  high = (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
+#elif BLAQ_ISA_AVX2
+  low = (Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
+  high = (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
+#elif defined(__x86_64__)
+  low = (Doubles)_mm_cvtps_pd((__m128)x);
+  high = (Doubles)_mm_cvtps_pd(_mm_movehl_ps((__m128)x, (__m128)x));
+#else
+  low = Doubles{x[0], x[1]};
+  high = Doubles{x[2], x[3]};
+#endif
+}
+
+static inline Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7FFFFFFF); }
+
+static inline Floats floored(Floats d) {
+  const Floats least = broadcast(kCurvatureFloor);
+  return d > least ? d : least;
+}
+
+// Σ of two terms a lane, in registers: lane l of both sums is elements l, l + 16, l + 32, …
+struct LaneSums {
+  static constexpr int kRegisters = kSumLanes / kHalf;
+  Doubles first[kRegisters], second[kRegisters];
+
+  explicit LaneSums(const Sums& sums) {
+    __builtin_memcpy(first, sums.first, sizeof first);
+    __builtin_memcpy(second, sums.second, sizeof second);
+  }
+  void save(Sums* sums) const {
+    __builtin_memcpy(sums->first, first, sizeof first);
+    __builtin_memcpy(sums->second, second, sizeof second);
+  }
+};
+
+// The same two sums in float32 over at most four elements a lane, as many as an error of 2^-23 allows:
+// widening each element alone would cost more than the update itself.
+struct ShortSums {
+  static constexpr int kGroups = 4;
+  Floats first[kSumLanes / kLanes] = {}, second[kSumLanes / kLanes] = {};
+
+  void add(int r, Floats abs_w, Floats d) {
+    first[r] += d * abs_w;
+    second[r] += d;
+  }
+  void flush(LaneSums& lanes) const {
+    for (int r = 0; r < kSumLanes / kLanes; ++r) {
+      Doubles a[2], dd[2];
+      widen_halves(first[r], a[0], a[1]);
+      widen_halves(second[r], dd[0], dd[1]);
+      for (int h = 0; h < 2; ++h) {
+        lanes.first[2 * r + h] += a[h];
+        lanes.second[2 * r + h] += dd[h];
+      }
+    }
+  }
+};
+
+// body(i, r, sums) for every whole register, r its place among the lanes; the first index left over.
+template <typename Body>
+static inline __attribute__((always_inline)) int64_t sum_registers(int64_t n, LaneSums& lanes,
+                                                                   const Body& body) {
+  int64_t i = 0;
+  while (i + kSumLanes <= n) {
+    ShortSums sums;
+    const int64_t whole = n / kSumLanes * kSumLanes, stop = i + ShortSums::kGroups * kSumLanes;
+    for (const int64_t end = stop < whole ? stop : whole; i < end; i += kSumLanes) {
+      for (int r = 0; r < kSumLanes / kLanes; ++r) body(i + r * kLanes, r, sums);
+    }
+    sums.flush(lanes);
+  }
+  return i;
+}
+
+static inline void add_weighted(Sums* sums, int lane, float abs_w, float d) {
+  sums->first[lane] += static_cast<double>(d) * static_cast<double>(abs_w);
+  sums->second[lane] += d;
+}
+
+static inline float root(float x) { return __builtin_sqrtf(x); }
+
+static inline Floats root(Floats x) {
+#if BLAQ_ISA_AVX512
+  return (Floats)_mm512_sqrt_ps((__m512)x);
+#elif BLAQ_ISA_AVX2
+  return (Floats)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+  return (Floats)_mm_sqrt_ps((__m128)x);
+#elif defined(__aarch64__)
+  return (Floats)vsqrtq_f32((float32x4_t)x);
+#else
+  return Floats{root(x[0]), root(x[1]), root(x[2]), root(x[3])};
+#endif
+}
+
+static inline float load_as(const float* p, float) { return *p; }
+static inline Floats load_as(const float* p, Floats) { return load(p); }
+static inline void store(float* p, float x) { *p = x; }
+
+// One element, or one register of them, at index i. Returns w = ω*.
+template <typename T>
+static inline T trial_at(const float* grad, const float* latent, const float* m, const float* v, int64_t i,
+                         const StepScalars& s, T* d) {
+  const T g = load_as(grad + i, T{});
+  *d = curvature_of(second_moment(load_as(v + i, T{}), g, s), s, [](T x) { return root(x); });
+  return target_of(load_as(latent + i, T{}), first_moment(load_as(m + i, T{}), g, s), *d, s);
+}
+
+template <typename T, bool kTrial, bool kClip>
+static inline T step_at(const float* grad, const float* trial_grad, const float* latent, float* m, float* v,
+                        int64_t i, const StepScalars& s, T* d) {
+  const auto sqrt = [](T x) { return root(x); };
+  T g = load_as(grad + i, T{});
+  const T old = load_as(v + i, T{});
+  T moment = second_moment(old, g, s);
+  *d = curvature_of(moment, s, sqrt);
+  if constexpr (kTrial) {
+    const T gt = load_as(trial_grad + i, T{});
+    *d = blended(*d, curvature_of(second_moment(old, gt, s), s, sqrt), s);  // Eq. 10
+    g = blended(g, gt, s);                                                  // Eq. 9
+    moment = second_moment(old, g, s);
+  }
+  const T first = first_moment(load_as(m + i, T{}), g, s);
+  store(m + i, first);
+  store(v + i, moment);
+  T w = target_of(load_as(latent + i, T{}), first, *d, s);  // Eq. 8
+  if constexpr (kClip) {
+    const T most = T{} + s.clip;
+    w = w > most ? most : w;
+    w = w < -most ? -most : w;
+  }
+  return w;
+}
+
+static void trial(const float* grad, const float* latent, const float* m, const float* v, int64_t n,
+                  const StepScalars& scalars, float* w, float* d, Sums* sums) {
   const StepScalars s = scalars;
-  for (int64_t i = 0; i < n; ++i) {
-    const float curvature = curvature_of(second_moment(v[i], grad[i], s), s);
-    d[i] = curvature;
-    w[i] = target_of(latent[i], first_moment(m[i], grad[i], s), curvature, s);
+  LaneSums lanes(*sums);
+  int64_t i = sum_registers(n, lanes, [&](int64_t at, int r, ShortSums& partial) {
+    Floats curvature;
+    const Floats target = trial_at<Floats>(grad, latent, m, v, at, s, &curvature);
+    store(w + at, target);
+    store(d + at, curvature);
+    partial.add(r, magnitude(target), floored(curvature));
+  });
+  lanes.save(sums);
+  for (int l = 0; i < n; ++i, ++l) {
+    w[i] = trial_at<float>(grad, latent, m, v, i, s, d + i);
+    add_weighted(sums, l, magnitude(w[i]), floored(d[i]));
   }
 }
 
 template <bool kTrial, bool kClip>
-static void step_loop(const float* __restrict grad, const float* __restrict trial_grad,
-                      float* __restrict latent, float* __restrict m, float* __restrict v, int64_t n,
-                      const StepScalars& scalars, float* __restrict d) {
+static int64_t step_of(const float* grad, const float* trial_grad, float* latent, float* m, float* v,
+                       int64_t n, const StepScalars& scalars, float* d, Sums* sums) {
   const StepScalars s = scalars;
-  for (int64_t i = 0; i < n; ++i) {
-    float g = grad[i];
-    const float old = v[i];
-    float moment = second_moment(old, g, s);
-    float curvature = curvature_of(moment, s);
-    if constexpr (kTrial) {
-      const float gt = trial_grad[i];
-      curvature = blended(curvature, curvature_of(second_moment(old, gt, s), s), s);  // Eq. 10
-      g = blended(g, gt, s);                                                         // Eq. 9
-      moment = second_moment(old, g, s);
-    }
-    const float first = first_moment(m[i], g, s);
-    float target = target_of(latent[i], first, curvature, s);  // Eq. 8
-    if constexpr (kClip) {
-      target = target > s.clip ? s.clip : target;
-      target = target < -s.clip ? -s.clip : target;
-    }
-    d[i] = curvature;
-    m[i] = first;
-    v[i] = moment;
-    latent[i] = target;
+  LaneSums lanes(*sums);
+  Ints changed{};
+  int64_t i = sum_registers(n, lanes, [&](int64_t at, int r, ShortSums& partial) {
+    Floats curvature;
+    const Floats before = load(latent + at);
+    const Floats w = step_at<Floats, kTrial, kClip>(grad, trial_grad, latent, m, v, at, s, &curvature);
+    store(latent + at, w);
+    store(d + at, curvature);
+    changed -= (before < 0.0f) ^ (w < 0.0f);
+    partial.add(r, magnitude(w), floored(curvature));
+  });
+  lanes.save(sums);
+  int64_t count = 0;
+  for (int l = 0; l < kLanes; ++l) count += changed[l];
+  for (int l = 0; i < n; ++i, ++l) {
+    const float w = step_at<float, kTrial, kClip>(grad, trial_grad, latent, m, v, i, s, d + i);
+    count += (latent[i] < 0.0f) != (w < 0.0f);
+    latent[i] = w;
+    add_weighted(sums, l, magnitude(w), floored(d[i]));
   }
+  return count;
 }
 
-static void step(const float* grad, const float* trial_grad, float* latent, float* m, float* v, int64_t n,
-                 const StepScalars& s, float* d) {
+static int64_t step(const float* grad, const float* trial_grad, float* latent, float* m, float* v, int64_t n,
+                    const StepScalars& s, float* d, Sums* sums) {
   const bool clips = s.clip > 0;
   if (trial_grad) {
-    clips ? step_loop<true, true>(grad, trial_grad, latent, m, v, n, s, d)
-          : step_loop<true, false>(grad, trial_grad, latent, m, v, n, s, d);
-  } else {
-    clips ? step_loop<false, true>(grad, nullptr, latent, m, v, n, s, d)
-          : step_loop<false, false>(grad, nullptr, latent, m, v, n, s, d);
+    return clips ? step_of<true, true>(grad, trial_grad, latent, m, v, n, s, d, sums)
+                 : step_of<true, false>(grad, trial_grad, latent, m, v, n, s, d, sums);
   }
+  return clips ? step_of<false, true>(grad, nullptr, latent, m, v, n, s, d, sums)
+               : step_of<false, false>(grad, nullptr, latent, m, v, n, s, d, sums);
 }
-
-// Sixteen elements at a time, the last ones filled up with zeros: a zero adds nothing.
-template <typename Body>
-static inline __attribute__((always_inline)) void by_sixteen(const float* w, const float* d, int64_t n,
-                                                             const Body& body) {
-  int64_t i = 0;
-  for (; i + kSumLanes <= n; i += kSumLanes) body(w + i, d + i);
-  if (i < n) {
-    float last_w[kSumLanes] = {}, last_d[kSumLanes] = {};
-    for (int64_t l = 0; i + l < n; ++l) last_w[l] = w[i + l], last_d[l] = d[i + l];
-    for (int64_t l = n - i; l < kSumLanes; ++l) last_d[l] = -1.0f;  // marks what does not count
-    body(last_w, last_d);
-  }
-}
-
-// A curvature is never negative; -1 is by_sixteen's mark.
-static inline double counted(float d) { return d == -1.0f ? 0.0 : static_cast<double>(floored(d)); }
 
 static void weighted_sums(const float* w, const float* d, int64_t n, Sums* sums) {
-  double first[kSumLanes], second[kSumLanes];
-  for (int l = 0; l < kSumLanes; ++l) first[l] = sums->first[l], second[l] = sums->second[l];
-  by_sixteen(w, d, n, [&](const float* wi, const float* di) {
-    for (int l = 0; l < kSumLanes; ++l) {
-      const double dd = counted(di[l]);
-      first[l] += dd * static_cast<double>(magnitude(wi[l]));
-      second[l] += dd;
-    }
+  LaneSums lanes(*sums);
+  int64_t i = sum_registers(n, lanes, [&](int64_t at, int r, ShortSums& partial) {
+    partial.add(r, magnitude(load(w + at)), floored(load(d + at)));
   });
-  for (int l = 0; l < kSumLanes; ++l) sums->first[l] = first[l], sums->second[l] = second[l];
+  lanes.save(sums);
+  for (int l = 0; i < n; ++i, ++l) add_weighted(sums, l, magnitude(w[i]), floored(d[i]));
 }
 
 template <int kCount>
@@ -150,19 +293,26 @@ static void level_sums_of(const float* w, const float* d, int64_t n, const Codeb
                           Sums* sums) {
   float threshold[kCount], level[kCount];
   for (int j = 0; j < kCount; ++j) threshold[j] = book.mid[j] * scale, level[j] = book.level[j];
-  double first[kSumLanes], second[kSumLanes];
-  for (int l = 0; l < kSumLanes; ++l) first[l] = sums->first[l], second[l] = sums->second[l];
-  by_sixteen(w, d, n, [&](const float* wi, const float* di) {
-    for (int l = 0; l < kSumLanes; ++l) {
-      const float a = magnitude(wi[l]);
-      float beta = level[0];
-      for (int j = 0; j + 1 < kCount; ++j) beta = a >= threshold[j] ? level[j + 1] : beta;
-      const double b = beta, db = counted(di[l]) * b;
-      first[l] += db * static_cast<double>(a);
-      second[l] += db * b;
+  LaneSums lanes(*sums);
+  int64_t i = sum_registers(n, lanes, [&](int64_t at, int r, ShortSums& partial) {
+    const Floats abs_w = magnitude(load(w + at));
+    Floats beta = broadcast(level[0]);
+    for (int j = 0; j + 1 < kCount; ++j) {
+      beta = abs_w >= broadcast(threshold[j]) ? broadcast(level[j + 1]) : beta;
     }
+    const Floats db = floored(load(d + at)) * beta;
+    partial.first[r] += db * abs_w;
+    partial.second[r] += db * beta;
   });
-  for (int l = 0; l < kSumLanes; ++l) sums->first[l] = first[l], sums->second[l] = second[l];
+  lanes.save(sums);
+  for (int l = 0; i + l < n; ++l) {
+    const float a = magnitude(w[i + l]);
+    float beta = level[0];
+    for (int j = 0; j + 1 < kCount; ++j) beta = a >= threshold[j] ? level[j + 1] : beta;
+    const double b = beta, db = static_cast<double>(floored(d[i + l])) * b;
+    sums->first[l] += db * static_cast<double>(a);
+    sums->second[l] += db * b;
+  }
 }
 
 // body(std::integral_constant) for the codebook's number of magnitudes: the inner loops unroll.
@@ -186,13 +336,21 @@ static void level_sums(const float* w, const float* d, int64_t n, const Codebook
 }
 
 static float max_abs(const float* w, int64_t n) {
-  uint32_t largest = 0;  // non-negative floats ascend as their bits do
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t u = bits_of_float(magnitude(w[i]));
-    const uint32_t known = u > 0x7F800000u ? 0u : u;
-    largest = known > largest ? known : largest;
+  constexpr int32_t kInfinity = 0x7F800000;
+  Ints most{};  // non-negative floats ascend as their bits do
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Ints u = (Ints)magnitude(load(w + i));
+    const Ints known = u > kInfinity ? Ints{} : u;
+    most = known > most ? known : most;
   }
-  return float_of_bits(largest);
+  int32_t largest = 0;
+  for (int l = 0; l < kLanes; ++l) largest = most[l] > largest ? most[l] : largest;
+  for (; i < n; ++i) {
+    const int32_t u = static_cast<int32_t>(bits_of_float(magnitude(w[i])));
+    if (u <= kInfinity && u > largest) largest = u;
+  }
+  return float_of_bits(static_cast<uint32_t>(largest));
 }
 
 static void histogram(const float* w, const float* d, int64_t n, int base, int bins, Pair* out) {
@@ -238,15 +396,21 @@ static void codes(const float* w, int64_t n, const Codebook& book, float scale, 
 }
 
 template <int kCount>
-static void values_of(const float* __restrict w, int64_t n, const Codebook& book, float scale,
-                      float* __restrict out) {
+static void values_of(const float* w, int64_t n, const Codebook& book, float scale, float* out) {
   float threshold[kCount], value[kCount];
   for (int j = 0; j < kCount; ++j) threshold[j] = book.mid[j] * scale, value[j] = book.level[j] * scale;
-  for (int64_t i = 0; i < n; ++i) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Floats x = load(w + i), a = magnitude(x);
+    Floats y = broadcast(value[0]);
+    for (int j = 0; j + 1 < kCount; ++j) y = a >= broadcast(threshold[j]) ? broadcast(value[j + 1]) : y;
+    store(out + i, (x < 0.0f ? -y : y) + 0.0f);  // a zero level has no sign: -0 + 0 is +0
+  }
+  for (; i < n; ++i) {
     const float a = magnitude(w[i]);
-    float x = value[0];
-    for (int j = 0; j + 1 < kCount; ++j) x = a >= threshold[j] ? value[j + 1] : x;
-    out[i] = (w[i] < 0.0f ? -x : x) + 0.0f;  // a zero level has no sign: -0 + 0 is +0
+    float y = value[0];
+    for (int j = 0; j + 1 < kCount; ++j) y = a >= threshold[j] ? value[j + 1] : y;
+    out[i] = (w[i] < 0.0f ? -y : y) + 0.0f;
   }
 }
 
