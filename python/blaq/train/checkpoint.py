@@ -31,9 +31,10 @@ CONTENT = {"version": int, "config": dict, "in_shape": tuple, "num_classes": int
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a file beside ``path``, then put it in its place.
 
-    Readers, and whoever comes after a power cut, see the old file or the new one.
+    Readers, and whoever comes after a power cut, see the old file or the new one. A run has one
+    process: a draft that a killed one left is written over.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft = path.with_name(f".{path.name}.tmp")
     try:
         with open(draft, "wb") as file:
             write(file)

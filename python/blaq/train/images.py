@@ -70,4 +70,4 @@ def _read_image(path: Path) -> np.ndarray:
             image = ImageOps.fit(file.convert("RGB"), (SIDE, SIDE), Image.Resampling.BILINEAR)
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"blaq.data: {path}: file must be a whole image, got: {error}") from None
-    return np.asarray(image)
+    return np.array(image)

@@ -25,7 +25,8 @@ from .config import FLEXIBLE, TrainConfig
 from .models import build
 from .weights import load_weights
 
-__all__ = ["TrainResult", "evaluate", "learning_rate", "make_optimizer", "restore", "train"]
+__all__ = ["TrainResult", "check_device", "evaluate", "learning_rate", "make_optimizer", "restore",
+           "train"]
 
 log = logging.getLogger("blaq")
 Line = dict[str, Any]
@@ -69,6 +70,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True,
         RuntimeError: a gradient or loss is not finite.
     """
     out = Path(out)
+    check_device(config.device)
     saved = _open(config, out, resume)
     if saved is not None and len(saved["history"]) == config.epochs:
         with _environment(config):
@@ -116,6 +118,18 @@ def evaluate(model: nn.Module, dataset: datasets.Split,
         correct += (logits.argmax(1) == labels).sum()
     model.train(was_training)
     return loss.item() / len(dataset), correct.item() / len(dataset)
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError unless this is a device to train and evaluate on, here."""
+    kind, _, number = name.partition(":")
+    known = kind == "cpu" and not number or kind == "cuda" and (number.isdigit() or name == kind)
+    if not known:
+        raise ValueError(f"blaq.train: device must be cpu, cuda or cuda:N, got {name!r}")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if int(number or 0) >= count:
+        raise ValueError(f"blaq.train: device must be one of the {count} that torch finds, "
+                         f"got {name!r}")
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
@@ -174,8 +188,6 @@ def _open(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | None
 def _environment(config: TrainConfig) -> Iterator[None]:
     """Threads, seed and deterministic kernels for the run alone."""
     device = torch.device(config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("blaq.train: device must be there, got 'cuda' where torch finds none")
     threads = torch.get_num_threads()
     with (torch.random.fork_rng([device] if device.type == "cuda" else []),
           torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
+from ..io import load
 from .checkpoint import write_whole
 
-__all__ = ["load_weights", "save_weights"]
+__all__ = ["load_any", "load_weights", "save_weights"]
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -40,3 +41,20 @@ def load_weights(model: nn.Module, path: Path) -> None:
             raise ValueError(f"blaq.load_weights: {path}: {name} must be {ours} as in the model, "
                              f"got {theirs}")
     model.load_state_dict(tensors)
+
+
+def load_any(model: nn.Module, path: Path) -> nn.Module:
+    """Read a packed file or one of float weights, whichever it is; returns the model.
+
+    Raises:
+        ValueError: as :func:`load_weights` and :func:`blaq.load`.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            is_packed = "blaq.format_version" in (file.metadata() or {})
+    except SafetensorError:
+        is_packed = False  # load_weights says what is wrong
+    if is_packed:
+        return load(path, model)
+    load_weights(model, path)
+    return model

@@ -1,0 +1,1 @@
+"""The subcommands of ``blaq``, one module each (``blaq.cli`` lists them)."""
