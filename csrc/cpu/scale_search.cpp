@@ -8,10 +8,12 @@ namespace {
 
 constexpr double kTolerance = 1e-6;    // of α, ends the alternation
 constexpr double kMoreThanEqual = 1 + 1e-12;  // of equally good scales, as α and α/2 are in pow2, the larger
-constexpr int64_t kSweepAtMost = 512;  // elements; above, a histogram is faster and close enough
-constexpr int kBinShift = 17;          // 64 bins an octave
-constexpr int kMaxBins = 64 * 40;
+constexpr int64_t kSweepAtMost = 1024;  // elements; above, a histogram is faster and close enough
+constexpr int kMaxBins = (1 << (23 - kBinShift)) * 40;  // 40 octaves
 constexpr int kMaxParts = 16;
+constexpr int kPeaks = 3;  // local maxima that a smaller group refits, each kRefits times
+constexpr int kRefits = 2;
+constexpr int64_t kTrustFrom = 4 * kBlock;  // elements, from which the bins alone are precise enough
 
 // Block sums of a group in block order, by `body(begin, end, sums)`.
 template <typename Body>
@@ -104,7 +106,8 @@ int edge_of(double x) {
   return static_cast<int>((u + (1u << (kBinShift - 1))) >> kBinShift);
 }
 
-// Sums over the elements in bins >= b, for b in [0, bins]. Parts are cut by n alone.
+// Sums over the elements in bins >= b, for b in [0, bins]. Parts are cut by the group's size alone, so
+// that threads do not matter.
 std::vector<Pair> suffix_sums(const Group& group, int base, int bins) {
   const auto& kernels = training_kernels();
   const int64_t blocks = blocks_of(group.n);
@@ -114,7 +117,8 @@ std::vector<Pair> suffix_sums(const Group& group, int base, int bins) {
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) {
       const int64_t begin = std::min(group.n, p * size), end = std::min(group.n, begin + size);
-      kernels.histogram(group.w + begin, group.d + begin, end - begin, base, bins,
+      std::vector<float> scratch(2 * bins);
+      kernels.histogram(group.w + begin, group.d + begin, end - begin, base, bins, scratch.data(),
                         sums.data() + p * (bins + 1));
     }
   });
@@ -142,9 +146,14 @@ float largest_magnitude(const Group& group) {
   return *std::max_element(parts.begin(), parts.end());
 }
 
-// Nearly exact for many elements: every α of a grid, by a weighted histogram of |w|; then one exact
-// refit of the best. α is sought from half the weighted mean, below which all weights saturate, to
-// where none reaches the largest level.
+// A candidate scale, the sums of its codes, and what those gain.
+struct Peak {
+  double gain = 0, alpha = 0;
+  Pair sums;
+};
+
+// Nearly exact for many elements: every α of a grid, by a weighted histogram of |w|. α is sought from
+// half the weighted mean, below which all weights saturate, to where all are on the lowest level.
 double scan(const Group& group, const Codebook& book, const Pair& mean_sums) {
   const double mean = ratio(mean_sums);
   const float largest = largest_magnitude(group);
@@ -155,36 +164,40 @@ double scan(const Group& group, const Codebook& book, const Pair& mean_sums) {
   const int base = std::max(lowest, top - kMaxBins + 1), bins = std::max(1, top - base + 1);
   const std::vector<Pair> above = suffix_sums(group, base, bins);
 
-  const int first = bin_of(mean / 2), last = bin_of(largest / book.mid[steps - 1]);
-  const int refits = group.n > 4 * kBlock ? 1 : 3;
-  std::vector<std::pair<double, double>> peaks;  // gain and α at each local maximum
-  double before = -1, here = -1, alpha_here = 0;
+  // Each bin goes to one level, so every candidate is a true assignment of codes, and its sums are exact.
+  const int first = bin_of(mean / 2), last = bin_of(largest / book.mid[0]);
+  std::vector<Peak> peaks;
+  Peak before{}, here{};
   for (int b = first; b <= last + 1; ++b) {
-    double after = -1, alpha = 0;
+    Peak after{};
     if (b <= last) {
-      alpha = std::bit_cast<float>(static_cast<uint32_t>(b) << kBinShift);
-      Pair sums{book.level[0] * above[0].first,
-                static_cast<double>(book.level[0]) * book.level[0] * above[0].second};
+      after.alpha = std::bit_cast<float>(static_cast<uint32_t>(b) << kBinShift);
+      after.sums = {book.level[0] * above[0].first,
+                    static_cast<double>(book.level[0]) * book.level[0] * above[0].second};
       for (int j = 0; j < steps; ++j) {
         const double low = book.level[j], high = book.level[j + 1];
-        const Pair& reach = above[std::clamp(edge_of(book.mid[j] * alpha) - base, 0, bins)];
-        sums.first += (high - low) * reach.first;
-        sums.second += (high * high - low * low) * reach.second;
+        const Pair& reach = above[std::clamp(edge_of(book.mid[j] * after.alpha) - base, 0, bins)];
+        after.sums.first += (high - low) * reach.first;
+        after.sums.second += (high * high - low * low) * reach.second;
       }
-      after = gain(sums);
+      after.gain = gain(after.sums);
     }
-    if (here >= before && here > after && alpha_here > 0) peaks.emplace_back(here, alpha_here);
-    before = here, here = after, alpha_here = alpha;
+    if (here.gain > 0 && here.gain >= before.gain && here.gain > after.gain) peaks.push_back(here);
+    before = here, here = after;
   }
-  const auto kept = std::min<size_t>(refits, peaks.size());
+  const size_t kept = std::min<size_t>(kPeaks, peaks.size());
   std::partial_sort(peaks.begin(), peaks.begin() + kept, peaks.end(),
-                    [](const auto& x, const auto& y) { return x.first > y.first; });
-  std::sort(peaks.begin(), peaks.begin() + kept,
-            [](const auto& x, const auto& y) { return x.second > y.second; });
+                    [](const Peak& x, const Peak& y) { return x.gain > y.gain; });
+  if (kept == 0) return mean;
+  if (group.n >= kTrustFrom) return ratio(peaks[0].sums);
+  // In a smaller group one weight on the wrong side of a threshold counts: refit the best exactly.
+  peaks.resize(kept);
+  std::sort(peaks.begin(), peaks.end(), [](const Peak& x, const Peak& y) { return x.alpha > y.alpha; });
   Pair best;
-  for (size_t i = 0; i < kept; ++i) {
-    const Pair sums = level_sums(group, book, static_cast<float>(peaks[i].second));
-    if (i == 0 || gain(sums) > gain(best) * kMoreThanEqual) best = sums;
+  for (const Peak& peak : peaks) {
+    Pair sums = peak.sums;
+    for (int i = 0; i < kRefits; ++i) sums = level_sums(group, book, static_cast<float>(ratio(sums)));
+    if (gain(sums) > gain(best) * kMoreThanEqual) best = sums;
   }
   return ratio(best);
 }

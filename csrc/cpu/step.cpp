@@ -117,15 +117,10 @@ class Runner {
                  const uint8_t* old) const {
     int64_t flips = 0;
     float values[kChunk];
-    uint8_t now[kChunk];
     for (int64_t i = 0; i < n; i += kChunk) {
       const int64_t count = std::min(kChunk, n - i);
-      kernels_.values(w + i, count, book(), alpha, values);
+      flips += kernels_.values(w + i, count, book(), alpha, old ? old + i : nullptr, values);
       write(weight, begin + i, count, values);
-      if (old) {
-        kernels_.codes(w + i, count, book(), alpha, now);
-        flips += kernels_.count_different(old + i, now, count);
-      }
     }
     return flips;
   }

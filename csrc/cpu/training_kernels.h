@@ -10,6 +10,7 @@
 namespace blaq {
 
 constexpr int kSumLanes = 16;
+constexpr int kBinShift = 16;  // of a float's bits: 128 bins an octave
 
 // Σ over elements i of two terms, element i into lane i mod 16: one order for every variant.
 struct Sums {
@@ -38,13 +39,15 @@ struct TrainingKernels {
   void (*weighted_sums)(const float* w, const float* d, int64_t n, Sums*);
   void (*level_sums)(const float* w, const float* d, int64_t n, const Codebook&, float scale, Sums*);
   float (*max_abs)(const float* w, int64_t n);  // NaN counts as 0
-  // Adds (d|w|, d) to bin clamp((bits of |w| >> 17) - base): 64 bins an octave.
-  void (*histogram)(const float* w, const float* d, int64_t n, int base, int bins, Pair* out);
+  // Adds (d|w|, d) to bin clamp((bits of |w| >> kBinShift) - base). `scratch` holds 2 · bins zeros.
+  void (*histogram)(const float* w, const float* d, int64_t n, int base, int bins, float* scratch,
+                    Pair* out);
   void (*codes)(const float* w, int64_t n, const Codebook&, float scale, uint8_t* out);
-  void (*values)(const float* w, int64_t n, const Codebook&, float scale, float* out);
+  // level × scale; returns how many codes differ from the old ones, 0 where those are not given.
+  int64_t (*values)(const float* w, int64_t n, const Codebook&, float scale, const uint8_t* old_codes,
+                    float* out);
   void (*signs)(const float* w, int64_t n, uint8_t* out);  // 1 where negative
   void (*sign_values)(const uint8_t* signs, int64_t n, float scale, float* out);
-  int64_t (*count_different)(const uint8_t* a, const uint8_t* b, int64_t n);
   void (*scaled_update)(const float* latent, const float* grad, const float* curvature, int64_t n,
                         float* out);
   void (*blend)(const float* current, const float* trial, float a, float one_minus_a, int64_t n,

@@ -353,69 +353,146 @@ static float max_abs(const float* w, int64_t n) {
   return float_of_bits(static_cast<uint32_t>(largest));
 }
 
-static void histogram(const float* w, const float* d, int64_t n, int base, int bins, Pair* out) {
+// place[0..1] += terms[0..1], by one load, addition and store; terms[2..3] are read, too.
+static inline void add_two(float* place, const float* terms) {
+#if defined(__x86_64__)
+  const __m128 sums = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(place)));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(place), _mm_castps_si128(_mm_add_ps(sums, _mm_loadu_ps(terms))));
+#else
+  place[0] += terms[0];
+  place[1] += terms[1];
+#endif
+}
+
+static void histogram(const float* w, const float* d, int64_t n, int base, int bins, float* scratch,
+                      Pair* out) {
   constexpr int kPiece = 256;
-  int32_t bin[kPiece];
-  double first[kPiece], second[kPiece];
+  uint32_t at[kPiece];              // place in `scratch`
+  float terms[2 * kPiece + 2] = {};  // d|w| and d of each element; read in fours
   for (int64_t start = 0; start < n; start += kPiece) {
     const int count = static_cast<int>(n - start < kPiece ? n - start : kPiece);
     for (int i = 0; i < count; ++i) {
       const float a = magnitude(w[start + i]);
-      const int32_t b = static_cast<int32_t>(bits_of_float(a) >> 17) - base;
+      const int32_t b = static_cast<int32_t>(bits_of_float(a) >> kBinShift) - base;
       const int32_t low = b < 0 ? 0 : b;
-      bin[i] = low >= bins ? bins - 1 : low;
-      second[i] = floored(d[start + i]);
-      first[i] = second[i] * static_cast<double>(a);
+      at[i] = static_cast<uint32_t>(low >= bins ? bins - 1 : low) * 2;
+      const float least = floored(d[start + i]);
+      terms[2 * i] = least * a;
+      terms[2 * i + 1] = least;
     }
-    for (int i = 0; i < count; ++i) {
-      Pair& target = out[bin[i]];
-      target.first += first[i];
-      target.second += second[i];
-    }
+    for (int i = 0; i < count; ++i) add_two(scratch + at[i], terms + 2 * i);
+  }
+  for (int b = 0; b < bins; ++b) {
+    out[b].first += scratch[2 * b];
+    out[b].second += scratch[2 * b + 1];
   }
 }
 
-template <int kCount>
-static void codes_of(const float* __restrict w, int64_t n, const Codebook& book, float scale,
-                     uint8_t* __restrict out) {
-  float threshold[kCount];
-  for (int j = 0; j < kCount; ++j) threshold[j] = book.mid[j] * scale;
-  const uint32_t sign = 1u << book.sign_shift;
-  const uint32_t zero_has_sign = book.level[0] != 0.0f;
-  for (int64_t i = 0; i < n; ++i) {
-    const float a = magnitude(w[i]);
-    uint32_t index = 0;
-    for (int j = 0; j + 1 < kCount; ++j) index += a >= threshold[j] ? 1u : 0u;
-    const bool negative = (w[i] < 0.0f) & ((index > 0) | (zero_has_sign != 0));
-    out[i] = static_cast<uint8_t>(index | (negative ? sign : 0u));
+struct Thresholds {
+  float at[kMaxLevels], value[kMaxLevels];
+
+  Thresholds(const Codebook& book, float scale) {
+    for (int j = 0; j < book.count; ++j) at[j] = book.mid[j] * scale, value[j] = book.level[j] * scale;
   }
+};
+
+// Code of each lane, one a 32-bit integer.
+template <int kCount>
+static inline Ints code_of(Floats w, const Thresholds& thresholds, int sign_shift, bool zero_level) {
+  const Floats a = magnitude(w);
+  Ints index{};
+  for (int j = 0; j + 1 < kCount; ++j) index = a >= broadcast(thresholds.at[j]) ? Ints{} + (j + 1) : index;
+  Ints negative = w < 0.0f;
+  if (zero_level) negative &= index > 0;  // a zero level has one code
+  return index | (negative & (1 << sign_shift));
+}
+
+template <int kCount>
+static inline float value_of(float w, const Thresholds& thresholds) {
+  const float a = magnitude(w);
+  float y = thresholds.value[0];
+  for (int j = 0; j + 1 < kCount; ++j) y = a >= thresholds.at[j] ? thresholds.value[j + 1] : y;
+  return (w < 0.0f ? -y : y) + 0.0f;  // a zero level has no sign: -0 + 0 is +0
+}
+
+template <int kCount>
+static inline uint8_t code_of(float w, const Thresholds& thresholds, int sign_shift, bool zero_level) {
+  const float a = magnitude(w);
+  int index = 0;
+  for (int j = 0; j + 1 < kCount; ++j) index += a >= thresholds.at[j];
+  const bool negative = w < 0.0f && (index > 0 || !zero_level);
+  return static_cast<uint8_t>(index | negative << sign_shift);
+}
+
+template <int kCount>
+static void codes_of(const float* w, int64_t n, const Codebook& book, float scale, uint8_t* __restrict out) {
+  constexpr int kPiece = 256;
+  int32_t wide[kPiece];
+  const Thresholds thresholds(book, scale);
+  const int shift = book.sign_shift;
+  const bool zero = book.level[0] == 0.0f;
+  int64_t i = 0;
+  for (; i + kPiece <= n; i += kPiece) {
+    for (int k = 0; k < kPiece; k += kLanes) {
+      const Ints code = code_of<kCount>(load(w + i + k), thresholds, shift, zero);
+      __builtin_memcpy(wide + k, &code, sizeof code);
+    }
+    for (int k = 0; k < kPiece; ++k) out[i + k] = static_cast<uint8_t>(wide[k]);
+  }
+  for (; i < n; ++i) out[i] = code_of<kCount>(w[i], thresholds, shift, zero);
 }
 
 static void codes(const float* w, int64_t n, const Codebook& book, float scale, uint8_t* out) {
   with_count(book.count, [&](auto count) { codes_of<count()>(w, n, book, scale, out); });
 }
 
-template <int kCount>
-static void values_of(const float* w, int64_t n, const Codebook& book, float scale, float* out) {
-  float threshold[kCount], value[kCount];
-  for (int j = 0; j < kCount; ++j) threshold[j] = book.mid[j] * scale, value[j] = book.level[j] * scale;
+template <int kCount, bool kFlips>
+static int64_t values_of(const float* w, int64_t n, const Codebook& book, float scale,
+                         const uint8_t* old_codes, float* out) {
+  constexpr int kPiece = 256;
+  int32_t old[kPiece];
+  const Thresholds thresholds(book, scale);
+  const int shift = book.sign_shift;
+  const bool zero = book.level[0] == 0.0f;
+  Ints changed{};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Floats x = load(w + i), a = magnitude(x);
-    Floats y = broadcast(value[0]);
-    for (int j = 0; j + 1 < kCount; ++j) y = a >= broadcast(threshold[j]) ? broadcast(value[j + 1]) : y;
-    store(out + i, (x < 0.0f ? -y : y) + 0.0f);  // a zero level has no sign: -0 + 0 is +0
+  for (; i + kLanes <= n;) {
+    const int64_t stop = (n - i < kPiece ? n - i : kPiece) / kLanes * kLanes;
+    if constexpr (kFlips) {
+      for (int64_t k = 0; k < stop; ++k) old[k] = old_codes[i + k];
+    }
+    for (int64_t k = 0; k < stop; k += kLanes) {
+      const Floats x = load(w + i + k), a = magnitude(x);
+      Floats y = broadcast(thresholds.value[0]);
+      for (int j = 0; j + 1 < kCount; ++j) {
+        y = a >= broadcast(thresholds.at[j]) ? broadcast(thresholds.value[j + 1]) : y;
+      }
+      store(out + i + k, (x < 0.0f ? -y : y) + 0.0f);  // -0 + 0 is +0
+      if constexpr (kFlips) {
+        Ints before;
+        __builtin_memcpy(&before, old + k, sizeof before);
+        changed -= code_of<kCount>(x, thresholds, shift, zero) != before;
+      }
+    }
+    i += stop;
   }
+  int64_t flips = 0;
+  for (int l = 0; l < kLanes; ++l) flips += changed[l];
   for (; i < n; ++i) {
-    const float a = magnitude(w[i]);
-    float y = value[0];
-    for (int j = 0; j + 1 < kCount; ++j) y = a >= threshold[j] ? value[j + 1] : y;
-    out[i] = (w[i] < 0.0f ? -y : y) + 0.0f;
+    out[i] = value_of<kCount>(w[i], thresholds);
+    if constexpr (kFlips) flips += code_of<kCount>(w[i], thresholds, shift, zero) != old_codes[i];
   }
+  return flips;
 }
 
-static void values(const float* w, int64_t n, const Codebook& book, float scale, float* out) {
-  with_count(book.count, [&](auto count) { values_of<count()>(w, n, book, scale, out); });
+static int64_t values(const float* w, int64_t n, const Codebook& book, float scale,
+                      const uint8_t* old_codes, float* out) {
+  int64_t flips = 0;
+  with_count(book.count, [&](auto count) {
+    flips = old_codes ? values_of<count(), true>(w, n, book, scale, old_codes, out)
+                      : values_of<count(), false>(w, n, book, scale, nullptr, out);
+  });
+  return flips;
 }
 
 static void signs(const float* __restrict w, int64_t n, uint8_t* __restrict out) {
@@ -425,12 +502,6 @@ static void signs(const float* __restrict w, int64_t n, uint8_t* __restrict out)
 static void sign_values(const uint8_t* __restrict negative, int64_t n, float scale, float* __restrict out) {
   const uint32_t positive = bits_of_float(scale);
   for (int64_t i = 0; i < n; ++i) out[i] = float_of_bits(positive | static_cast<uint32_t>(negative[i]) << 31);
-}
-
-static int64_t count_different(const uint8_t* a, const uint8_t* b, int64_t n) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += a[i] != b[i];
-  return count;
 }
 
 static void scaled_update(const float* __restrict latent, const float* __restrict grad,
@@ -473,4 +544,4 @@ static void stream(const void* in, int64_t bytes, void* out) {
 
 static const TrainingKernels kTable = {
     widen,  narrow, trial, step,  weighted_sums, level_sums,      max_abs,       histogram,   codes,
-    values, signs,  sign_values, count_different, scaled_update, blend_range, stream};
+    values, signs,  sign_values, scaled_update, blend_range, stream};
