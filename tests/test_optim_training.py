@@ -145,12 +145,12 @@ def test_one_pass_blends_recursively_and_begins_as_laq():
         else:
             copy = weight.detach().clone()
             torch.ops.blaq.fused_step(
-                [copy], [grad], [blended], [before["latent"]], [before["exp_avg"]],
+                [copy], [blended], [grad], [before["latent"]], [before["exp_avg"]],
                 [before["exp_avg_sq"]], [before["scale"]], torch.tensor(0.05, dtype=torch.float64),
                 torch.tensor(float(t)), torch.tensor(0.6, dtype=torch.float64), 0.9, 0.999, 1e-8,
                 0.0, 1.0, [1.0], 0, 5, "alternating")
             assert torch.equal(weight, copy)
-            blended = 0.6 * grad + (1.0 - 0.6) * blended
+            blended = 0.6 * blended + (1.0 - 0.6) * grad
         assert torch.equal(opt.state[weight]["blended"], blended)
 
 

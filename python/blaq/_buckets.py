@@ -132,13 +132,13 @@ class Bucket:
 
     def keep_blend(self, grads: Sequence[Tensor], previous: Sequence[Tensor],
                    found_inf: Tensor | None) -> None:
-        """One-pass variant: remember g = a ĝ + (1-a) g_previous for the next step."""
+        """One-pass variant: remember g = a g_previous + (1-a) ĝ for the next step."""
         if not previous:  # the first step, which is LAQ's, so there is nothing to blend with
             if found_inf is None or not found_inf.item():
                 for state, grad in zip(self.states, grads, strict=True):
                     state["blended"] = grad.clone()
             return
-        for old, new in zip(previous, blend(grads, previous, self.group["backtrack"]), strict=True):
+        for old, new in zip(previous, blend(previous, grads, self.group["backtrack"]), strict=True):
             old.copy_(new if found_inf is None else torch.where(found_inf > 0, old, new))
 
     def count_step(self, found_inf: Tensor | None) -> None:

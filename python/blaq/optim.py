@@ -89,7 +89,8 @@ class BLAQ(Optimizer):
         weight_decay: decoupled, on the latent weights.
         clip: latent weights stay in [-clip, clip]. 0, the default, is off: right for fine-tuning.
             1.0 is LAQ's and the paper's for small networks from scratch.
-        one_pass: blend with the last step's blended gradient instead of a trial's: one evaluation.
+        one_pass: Eq. 9 recursively: last step's blended gradient is its current one, this step's its
+            trial's. One evaluation.
         on_nonfinite: ``raise`` names the parameter whose gradient is not finite, before anything is
             changed; ``skip`` drops the step and counts it in ``skipped``, without a device
             synchronisation.
@@ -270,7 +271,10 @@ class BLAQ(Optimizer):
                 previous = bucket.previous_blend()
                 unscaled = now if grad_scale is None else torch._foreach_div(
                     now, grad_scale.reshape(()))
-                bucket.update(unscaled, previous, None, local)
+                if previous:
+                    bucket.update(previous, unscaled, None, local)
+                else:  # the first step, which is LAQ's
+                    bucket.update(unscaled, [], None, local)
                 bucket.keep_blend(unscaled, previous, local)
             else:
                 blends = pending is not None and bucket.blends_trial
