@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from blaq_kernels.codebook import bits_of
 from blaq_kernels.reference import matrix_shape
 
+from ._text import size, table
 from .codebook import levels_for, levels_of
 from .convert import is_quantized, obstacles
 from .nn import PackedLayer
@@ -84,9 +85,9 @@ class Summary:
                 "scale", "flips")
         rows = [_cells(layer) for layer in self.layers]
         flips = "" if self.flip_ratio is None else f"{self.flip_ratio:.2%}"
-        total = ("total", *[""] * 5, *map(_size, (self.bytes_float32, self.bytes_now,
-                                                  self.bytes_packed)), "", flips)
-        lines = _table([head, *rows, total])
+        total = ("total", *[""] * 5, *map(size, (self.bytes_float32, self.bytes_now,
+                                                 self.bytes_packed)), "", flips)
+        lines = table([head, *rows, total])
         rule = "-" * len(lines[0])
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
         lines += [f"{layer.name or 'the model'} will stay float: {layer.note}"
@@ -183,19 +184,4 @@ def _cells(layer: LayerSummary) -> tuple[str, ...]:
     scale = "" if layer.mean_scale is None else f"{layer.mean_scale:.4g}"
     flips = "" if layer.flip_ratio is None else f"{layer.flip_ratio:.2%}"
     return (layer.name, layer.kind, shape, show(layer.bits), show(layer.codebook), group,
-            *map(_size, (layer.bytes_float32, layer.bytes_now, layer.bytes_packed)), scale, flips)
-
-
-def _size(count: int) -> str:
-    if count < 1024:
-        return f"{count} B"
-    value, unit = count / 1024, 0
-    while value >= 1024:
-        value, unit = value / 1024, unit + 1
-    return f"{value:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[unit]}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows]
+            *map(size, (layer.bytes_float32, layer.bytes_now, layer.bytes_packed)), scale, flips)

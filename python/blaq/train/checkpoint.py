@@ -21,10 +21,11 @@ __all__ = ["CHECKPOINT", "CONFIG", "METRICS", "load_checkpoint", "save_checkpoin
 
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.json", "metrics.jsonl"
 VERSION = 1
-CONTENT = {"version": int, "config": dict, "in_shape": tuple, "num_classes": int, "model": dict,
-           "optimizer": dict, "oscillation": (dict, type(None)), "order": torch.Tensor,
-           "random": torch.Tensor, "random_cuda": (torch.Tensor, type(None)), "evaluations": int,
-           "history": list}
+CONTENT: dict[str, Any] = {
+    "version": int, "config": dict, "in_shape": tuple, "num_classes": int, "model": dict,
+    "optimizer": dict, "oscillation": (dict, type(None)), "order": torch.Tensor,
+    "random": torch.Tensor, "random_cuda": (torch.Tensor, type(None)), "evaluations": int,
+    "history": list}
 """Keys of a checkpoint and the types of their values."""
 
 
@@ -79,7 +80,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load itself checks no checksum
         require(damaged is None, "file", "be undamaged", f"a wrong checksum in {damaged}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         require(False, "file", "be a whole checkpoint", " ".join(str(error).split())[:100])
     require(isinstance(content, dict), "content", "be a dict", type(content).__name__)

@@ -159,7 +159,7 @@ def load_config(path: str | Path) -> TrainConfig:
             the message names the file.
     """
     path = Path(path)
-    parsers = {".toml": _parse_toml, ".json": json.loads}
+    parsers: dict[str, Callable[[str], Any]] = {".toml": _parse_toml, ".json": json.loads}
     if path.suffix not in parsers:
         raise ValueError(f"blaq.load_config: {path}: name must end in .toml or .json")
     try:
@@ -173,4 +173,5 @@ def load_config(path: str | Path) -> TrainConfig:
 
 def _parse_toml(text: str) -> dict[str, Any]:
     parser = import_extra("tomllib" if sys.version_info >= (3, 11) else "tomli", "train")
-    return parser.loads(text)
+    values: dict[str, Any] = parser.loads(text)
+    return values

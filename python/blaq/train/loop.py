@@ -123,7 +123,8 @@ def evaluate(model: nn.Module, dataset: datasets.Split,
 def check_device(name: str) -> None:
     """Raise ValueError unless this is a device to train and evaluate on, here."""
     kind, _, number = name.partition(":")
-    known = kind == "cpu" and not number or kind == "cuda" and (number.isdigit() or name == kind)
+    known = (kind == "cpu" and name == kind) or (
+        kind == "cuda" and (number.isdigit() or name == kind))
     if not known:
         raise ValueError(f"blaq.train: device must be cpu, cuda or cuda:N, got {name!r}")
     count = torch.cuda.device_count() if kind == "cuda" else 1
@@ -137,8 +138,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     if not config.quantized:
         return AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
     groups = param_groups(model, config.bits, first=_width(config.first_bits),
-                          last=_width(config.last_bits), codebook=config.codebook,
-                          group_size=config.group_size)
+                          last=_width(config.last_bits))
     return BLAQ(groups, config.lr, codebook=config.codebook, group_size=config.group_size,
                 backtrack=config.backtrack_used, max_iter=config.max_iter, method=config.solve,
                 one_pass=config.one_pass, weight_decay=config.weight_decay, clip=config.clip)
@@ -253,7 +253,8 @@ class _Run:
         """Train for an epoch and measure."""
         config, began, number = self.config, time.perf_counter(), len(self.history) + 1
         steps = max(1, len(train_split) // config.batch_size)
-        loss_sum, flips, lr = 0.0, 0.0, 0.0
+        loss_sum = torch.zeros((), dtype=torch.float64, device=train_split.images.device)
+        flips, lr = 0.0, 0.0
         self.model.train()
         batches = datasets.batches(train_split, config.batch_size, self.order,
                                    augment=config.augment)
@@ -261,14 +262,14 @@ class _Run:
             lr = learning_rate(config, (number - 1) * steps + batch, steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            loss_sum = loss_sum + self._step(images, labels)
+            loss_sum += self._step(images, labels)
             if isinstance(self.optimizer, BLAQ):
                 flips += flip_ratio(self.optimizer)
             if self.tracker is not None:
                 self.tracker.update()
             if on_batch is not None:
                 on_batch(number, batch + 1, steps)
-        train_loss = float(loss_sum) / steps
+        train_loss = loss_sum.item() / steps
         test_loss, accuracy = evaluate(self.model, test_split)
         if not math.isfinite(train_loss + test_loss):
             raise RuntimeError(f"blaq.train: loss must be finite, got {train_loss} in epoch "
@@ -283,7 +284,7 @@ class _Run:
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One step of the optimizer; the loss at the weights before it."""
-        def closure() -> Tensor:
+        def closure() -> Any:
             self.evaluations += 1
             self.optimizer.zero_grad()
             bf16 = self.config.amp == "bf16"
@@ -294,4 +295,6 @@ class _Run:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
             return loss
 
-        return self.optimizer.step(closure).detach().double()
+        loss: Any = self.optimizer.step(closure)
+        value: Tensor = loss.detach()
+        return value

@@ -118,14 +118,15 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out)
         self.relu = nn.ReLU()
-        self.downsample = nn.Identity()
+        self.downsample: nn.Module = nn.Identity()
         if stride != 1 or channels != out:
             self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False),
                                             nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return self.relu(y + self.downsample(x))
+        out: Tensor = self.relu(y + self.downsample(x))
+        return out
 
 
 def _resnet18(num_classes: int, in_shape: Shape, scaled: Scaled) -> nn.Module:
