@@ -1,0 +1,38 @@
+"""The documents' own code runs: README examples and docstring examples."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import blaq
+import blaq_kernels
+
+README = Path(__file__).parents[1] / "README.md"
+DOCTESTED = [name for package in (blaq, blaq_kernels)
+             for _, name, _ in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+             if not name.endswith(("._C", ".__main__"))]
+
+
+def python_blocks():
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+
+
+def test_readme_examples_run_and_are_as_short_as_promised(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train, infer = python_blocks()[:2]
+    assert len(train.strip().splitlines()) <= 12
+    assert len(infer.strip().splitlines()) <= 6
+    scope = {}
+    for block in python_blocks():
+        exec(compile(block, str(README), "exec"), scope)
+    assert scope["accuracy"] > 0.85
+
+
+@pytest.mark.parametrize("name", DOCTESTED)
+def test_docstring_examples(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
