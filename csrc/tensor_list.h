@@ -50,11 +50,14 @@ class TensorList {
     }
     STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
   }
-  ~TensorList() {
-    for (const ListedTensor& x : tensors_) aoti_torch_delete_tensor_object(x.handle);
-  }
+  ~TensorList() { clear(); }
   TensorList(const TensorList&) = delete;
   TensorList& operator=(const TensorList&) = delete;
+
+  void clear() {
+    for (const ListedTensor& x : tensors_) aoti_torch_delete_tensor_object(x.handle);
+    tensors_.clear();
+  }
 
   const char* name() const { return name_; }
   std::string name(size_t i) const { return std::string(name_) + "[" + std::to_string(i) + "]"; }

@@ -1,5 +1,7 @@
 // torch.ops.blaq.fused_trial and fused_step: arguments and their rules. Boxed by hand, because a list of
 // stable tensors costs more than the step of a small model; step.cpp does the work.
+#include <Python.h>
+
 #include <algorithm>
 
 #include "cpu/step.h"
@@ -37,6 +39,22 @@ double one_element(const char* op, const char* name, const std::optional<Tensor>
   BLAQ_REQUIRE(x->numel() == 1, op, name, "have one element", x->numel());
   return *x->const_data_ptr<float>();
 }
+
+// Lets go of lists under one acquisition of Python's lock. Each tensor whose last owner is then a Python
+// object would else take the lock for itself: of 1200 tensors, half of the call's time.
+class ReleaseTogether {
+ public:
+  explicit ReleaseTogether(std::vector<TensorList*> lists) : lists_(std::move(lists)) {}
+  ~ReleaseTogether() {
+    if (!Py_IsInitialized()) return;
+    const PyGILState_STATE state = PyGILState_Ensure();
+    for (TensorList* list : lists_) list->clear();
+    PyGILState_Release(state);
+  }
+
+ private:
+  std::vector<TensorList*> lists_;
+};
 
 // The part of both schemas that follows the lists.
 struct Tail {
@@ -198,9 +216,10 @@ std::vector<Weight> weights_of(const char* op, const std::vector<const TensorLis
 void fused_trial(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "fused_trial";
   Arguments arguments(stack);
-  const TensorList params("params", arguments.raw()), grads("grads", arguments.raw()),
+  TensorList params("params", arguments.raw()), grads("grads", arguments.raw()),
       latents("latents", arguments.raw()), exp_avgs("exp_avgs", arguments.raw()),
       exp_avg_sqs("exp_avg_sqs", arguments.raw()), scales("scales", arguments.raw());
+  const ReleaseTogether release({&params, &grads, &latents, &exp_avgs, &exp_avg_sqs, &scales});
   const Tail tail(arguments, false);
   tail.check_scalars(op);
   check_solver(op, tail.levels, tail.group_size, tail.max_iter, tail.method);
@@ -214,10 +233,11 @@ void fused_trial(StableIValue* stack, uint64_t, uint64_t) {
 void fused_step(StableIValue* stack, uint64_t, uint64_t) {
   const char* op = "fused_step";
   Arguments arguments(stack);
-  const TensorList params("params", arguments.raw()), grads("grads", arguments.raw()),
+  TensorList params("params", arguments.raw()), grads("grads", arguments.raw()),
       trial_grads("trial_grads", arguments.raw()), latents("latents", arguments.raw()),
       exp_avgs("exp_avgs", arguments.raw()), exp_avg_sqs("exp_avg_sqs", arguments.raw()),
       scales("scales", arguments.raw());
+  const ReleaseTogether release({&params, &grads, &trial_grads, &latents, &exp_avgs, &exp_avg_sqs, &scales});
   const Tail tail(arguments, true);
   const auto flips = arguments.take<std::optional<Tensor>>();
   tail.check_scalars(op);
