@@ -135,8 +135,10 @@ def test_bad_data_device_and_extra(capsys, tmp_path, monkeypatch):
     run = ["train", "--out", tmp_path / "run", *QUICK]
     monkeypatch.delenv("BLAQ_DATA", raising=False)
     assert "try --data-dir, or set BLAQ_DATA" in fails(capsys, *run, "--data", "mnist")
-    assert "file must exist" in fails(capsys, *run, "--resume", "--data", "cifar10",
-                                      "--data-dir", tmp_path)
+    assert "file must exist" in fails(capsys, *run, "--data", "cifar10", "--data-dir", tmp_path)
+    assert "init.safetensors: file must exist" in fails(
+        capsys, *run, "--init", tmp_path / "init.safetensors")
+    assert not (tmp_path / "run").exists()
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert "pip install 'blaq-kernels[tensorboard]'" in fails(
         capsys, "train", "--tensorboard", "--out", tmp_path / "other", *QUICK)

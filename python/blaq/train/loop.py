@@ -71,7 +71,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True,
     """
     out = Path(out)
     check_device(config.device)
-    saved = _open(config, out, resume)
+    saved = _saved(config, out, resume)
     if saved is not None and len(saved["history"]) == config.epochs:
         with _environment(config):
             return _Run(config, saved["in_shape"], saved["num_classes"], saved).result
@@ -79,6 +79,8 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True,
     train_split, test_split = (split.to(config.device) for split in data)
     with _environment(config):
         run = _Run(config, train_split.in_shape, train_split.num_classes, saved)
+        out.mkdir(parents=True, exist_ok=True)
+        files.write_json(out / files.CONFIG, config.as_dict())
         files.write_metrics(out / files.METRICS, run.history)
         while len(run.history) < config.epochs:
             line = run.epoch(train_split, test_split, on_batch)
@@ -161,8 +163,8 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     return config.lr
 
 
-def _open(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | None:
-    """Make the run folder; the checkpoint to go on from, if there is one that fits the config."""
+def _saved(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | None:
+    """The checkpoint in ``out`` to go on from, if there is one; it must fit the config."""
     begun = (out / files.CONFIG).exists() or (out / files.CHECKPOINT).exists()
     if begun and not resume:
         raise ValueError(f"blaq.train: out must be a folder without a run, got {out}; "
@@ -179,8 +181,6 @@ def _open(config: TrainConfig, out: Path, resume: bool) -> dict[str, Any] | None
         if done > config.epochs:
             raise ValueError(f"blaq.train: epochs must be at least {done}, which {out} has behind "
                              f"it, got {config.epochs}")
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_json(out / files.CONFIG, config.as_dict())
     return saved
 
 
