@@ -43,10 +43,20 @@ class TensorList {
     size_t size = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
     tensors_.reserve(size);
+    int32_t known_dtype = -1;  // converting one takes a dozen calls, and a list has one
+    ScalarType dtype{};
     for (size_t i = 0; i < size; ++i) {
       StableIValue element;
       STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
-      tensors_.push_back(facts(torch::stable::detail::to<AtenTensorHandle>(element)));
+      ListedTensor x = facts(torch::stable::detail::to<AtenTensorHandle>(element));
+      int32_t raw;
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.handle, &raw));
+      if (raw != known_dtype) {
+        dtype = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(raw));
+        known_dtype = raw;
+      }
+      x.dtype = dtype;
+      tensors_.push_back(x);
     }
     STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
   }
@@ -68,15 +78,12 @@ class TensorList {
   static ListedTensor facts(AtenTensorHandle handle) {
     ListedTensor x{};
     x.handle = handle;
-    int32_t dtype;
     int64_t* sizes;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &x.data));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &x.numel));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &x.dim));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
     x.sizes = sizes;
-    x.dtype = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype));
     return x;
   }
 

@@ -145,8 +145,8 @@ int64_t bytes_of(const ListedTensor& x) {
 // No written tensor may share memory with another tensor of the call. Whether spans overlap depends on
 // the spans alone, so the answer for the last calls is remembered: a training loop passes the same ones.
 void check_overlap(const char* op, const std::vector<const TensorList*>& lists, uint32_t written) {
-  std::vector<Span> spans;
-  spans.reserve(lists.size() * lists[0]->size());
+  thread_local std::vector<Span> spans;
+  spans.clear();
   for (uint32_t l = 0; l < lists.size(); ++l) {
     for (uint32_t i = 0; i < lists[l]->size(); ++i) {
       const ListedTensor& x = (*lists[l])[i];
@@ -169,7 +169,7 @@ void check_overlap(const char* op, const std::vector<const TensorList*>& lists, 
     }
     if (!reach || span.end > reach->end) reach = &span;
   }
-  known[turn] = std::move(spans);
+  known[turn].swap(spans);
   known_written[turn] = written;
   turn ^= 1;
 }
