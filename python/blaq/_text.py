@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 __all__ = ["percent", "size", "table"]
 
@@ -22,8 +22,8 @@ def size(count: int) -> str:
     return f"{value:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[unit]}"
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with the columns under each other."""
+def table(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:
+    """Lines with the columns under each other; those in ``right`` are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows]
+    return ["  ".join(row[i].rjust(width) if i in right else row[i].ljust(width)
+                      for i, width in enumerate(widths)).rstrip() for row in rows]
