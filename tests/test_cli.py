@@ -55,7 +55,7 @@ def test_overview_help_and_version(capsys):
     assert call(capsys, "--version")[1] == f"blaq {blaq.__version__}\n"
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "bench"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_an_example_and_every_option(capsys, name):
     status, out, _ = call(capsys, name, "--help")
     assert status == 0 and f"\n  blaq {name}" in out and "--debug" in out
