@@ -92,9 +92,10 @@ def quantize_codes(latent: Tensor, scale: Tensor, levels: Sequence[float], group
 
 
 def code_values(codes: Tensor, levels: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """Signed level of each code."""
+    """Signed level of each code; a code that no level has is NaN, never a wrong number."""
     sign_bit = bits_of(levels) - 1
-    magnitudes = torch.tensor(levels, dtype=dtype, device=codes.device)
+    unused = [math.nan] * ((1 << sign_bit) - len(levels))
+    magnitudes = torch.tensor([*levels, *unused], dtype=dtype, device=codes.device)
     values = magnitudes[(codes & ((1 << sign_bit) - 1)).long()]
     return torch.where((codes >> sign_bit) == 1, -values, values)
 
@@ -182,7 +183,7 @@ def _exact_scale(w: Tensor, d: Tensor, levels: Sequence[float]) -> Tensor:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Bit planes ``[bits, N, ceil(K/8)]`` of codes ``[N, ...]``, little-endian within a byte."""
     n, k = matrix_shape(codes.shape)
-    flat = torch.nn.functional.pad(codes.reshape(n, k), (0, -k % 8)).reshape(n, -1, 8)
+    flat = torch.nn.functional.pad(codes.reshape(n, k), (0, -k % 8)).reshape(n, (k + 7) // 8, 8)
     weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=codes.device)
     planes = [(((flat >> b) & 1) * weights).sum(-1, dtype=torch.uint8) for b in range(bits)]
     return torch.stack(planes)
@@ -190,9 +191,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_codes(qweight: Tensor, in_features: int) -> Tensor:
     """Codes ``[N, in_features]``: the exact inverse of :func:`pack`."""
-    bits, n, _ = qweight.shape
+    bits, n, row_bytes = qweight.shape
     positions = torch.arange(8, dtype=torch.uint8, device=qweight.device)
-    planes = ((qweight[..., None] >> positions) & 1).reshape(bits, n, -1)[..., :in_features]
+    planes = (qweight[..., None] >> positions) & 1
+    planes = planes.reshape(bits, n, row_bytes * 8)[..., :in_features]
     codes = torch.zeros(n, in_features, dtype=torch.uint8, device=qweight.device)
     for b in range(bits):
         codes |= planes[b] << b
@@ -313,6 +315,6 @@ def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
     channels = input.shape[1] // groups
     in_features = channels * kernel_size[0] * kernel_size[1]
     weight = unpack(qweight, scale, levels, group_size, in_features, input.dtype)
-    weight = weight.reshape(-1, channels, *kernel_size)
+    weight = weight.reshape(qweight.shape[1], channels, *kernel_size)
     return torch.nn.functional.conv2d(input, weight, bias, list(stride), list(padding),
                                       list(dilation), groups)
