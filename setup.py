@@ -15,7 +15,7 @@ COMPILE = [
 ]
 if platform.machine() == "x86_64":
     COMPILE += ["-Wno-psabi",  # vectors cross only inlined function boundaries
-                "-Wno-maybe-uninitialized"]  # of _mm512_undefined_*: a fault of gcc 12's own headers
+                "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 12: its own _mm512_undefined_*
 
 extension = CppExtension(
     "blaq_kernels._C",

@@ -16,6 +16,9 @@ namespace blaq {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr std::initializer_list<ScalarType> kFloatDtypes = {ScalarType::Float, ScalarType::BFloat16,
+                                                            ScalarType::Half, ScalarType::Double};
+
 // Nothing but `condition` is evaluated unless it is false.
 #define BLAQ_REQUIRE(condition, op, argument, rule, value)                         \
   do {                                                                             \

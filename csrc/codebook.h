@@ -1,6 +1,8 @@
 // The codebook as kernels see it: ascending magnitudes, and the thresholds between neighbours.
 #pragma once
 
+#include <cstddef>
+#include <limits>
 #include <vector>
 
 namespace blaq {
@@ -26,5 +28,26 @@ struct Codebook {
 
   bool is_binary() const { return count == 1; }
 };
+
+// table[code] = signed level, 2^bits entries; a code that no level has is NaN, never a wrong number.
+template <typename T>
+void signed_levels(const std::vector<double>& levels, int bits, T* table) {
+  const int half = 1 << (bits - 1);
+  for (int i = 0; i < half; ++i) {
+    const bool known = i < static_cast<int>(levels.size());
+    table[i] = known ? static_cast<T>(levels[i]) : std::numeric_limits<T>::quiet_NaN();
+    table[half + i] = -table[i];
+  }
+}
+
+// Thresholds of a codebook of any size, as fractions of the scale.
+template <typename T>
+std::vector<T> midpoints(const std::vector<double>& levels) {
+  std::vector<T> mids;
+  for (size_t i = 0; i + 1 < levels.size(); ++i) {
+    mids.push_back(static_cast<T>((levels[i] + levels[i + 1]) / 2));
+  }
+  return mids;
+}
 
 }  // namespace blaq

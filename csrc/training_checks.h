@@ -5,9 +5,6 @@
 
 namespace blaq {
 
-constexpr std::initializer_list<ScalarType> kFloatDtypes = {ScalarType::Float, ScalarType::BFloat16,
-                                                            ScalarType::Half, ScalarType::Double};
-
 inline void check_solver(const char* op, const std::vector<double>& levels, int64_t group_size,
                          int64_t max_iter, const std::string& method) {
   check_levels(op, levels);

@@ -5,7 +5,8 @@
 //   #include "cpu/foreach_isa.h"
 //   ... BLAQ_VARIANT(pack_rows)(codes, ...);
 //
-// A kernel file has no include guard and includes nothing: what it needs is included before. Inside it
+// A kernel file has no include guard and includes at most other kernel files: what it needs is
+// included before. Inside it
 // BLAQ_ISA_AVX2 or BLAQ_ISA_AVX512 is 1 where those instructions may be used (AVX-512: F, BW, DQ, VL).
 // Plain loops of 16 lanes vectorise in each variant; without contraction all give the same bits.
 #pragma once
@@ -55,10 +56,11 @@ namespace blaq::avx512 {
 }
 BLAQ_END_TARGET
 
-#define BLAQ_VARIANT(function)                                              \
-  (::blaq::capability() == ::blaq::Capability::avx512 ? ::blaq::avx512::function \
-   : ::blaq::capability() == ::blaq::Capability::avx2 ? ::blaq::avx2::function   \
-                                                      : ::blaq::base::function)
+// Variadic, for a template's arguments may hold commas.
+#define BLAQ_VARIANT(...)                                                           \
+  (::blaq::capability() == ::blaq::Capability::avx512 ? ::blaq::avx512::__VA_ARGS__ \
+   : ::blaq::capability() == ::blaq::Capability::avx2 ? ::blaq::avx2::__VA_ARGS__   \
+                                                      : ::blaq::base::__VA_ARGS__)
 #else
-#define BLAQ_VARIANT(function) (::blaq::base::function)
+#define BLAQ_VARIANT(...) (::blaq::base::__VA_ARGS__)
 #endif
