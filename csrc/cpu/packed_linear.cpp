@@ -1,0 +1,102 @@
+// torch.ops.blaq.packed_linear: input @ weightᵀ + bias, the weight read from its bit planes.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstring>
+
+#include "cpu/float_types.h"
+#include "cpu/packed_matmul.h"
+#include "cpu/unpack.h"
+#include "packed_checks.h"
+
+#define BLAQ_KERNEL_FILE "cpu/convert_kernel.h"
+#include "cpu/foreach_isa.h"
+
+namespace blaq {
+namespace {
+
+template <typename T>
+void linear(const Tensor& input, PackedMatrix weight, const std::optional<Tensor>& bias,
+            Tensor& output) {
+  const int64_t k = weight.k, n = weight.n, m = output.numel() / n, stride = padded(k);
+  const T* x = static_cast<const T*>(input.const_data_ptr());
+  T* y = static_cast<T*>(output.mutable_data_ptr());
+  std::vector<float> wide_bias(bias ? n : 0);
+  if (bias) {
+    BLAQ_VARIANT(widen<T, float>)(static_cast<const T*>(bias->const_data_ptr()), wide_bias.data(),
+                                  n);
+    weight.bias = wide_bias.data();
+  }
+  share_matrix(m, n, k, [&](int64_t first_row, int64_t last_row, int64_t begin, int64_t end) {
+    thread_local Buffer row_buffer, result_buffer;
+    for (int64_t row = first_row; row < last_row; row += kRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kRows, last_row - row));
+      float* rows = row_buffer.take(kRows * stride);
+      for (int r = 0; r < count; ++r) {
+        BLAQ_VARIANT(widen<T, float>)(x + (row + r) * k, rows + r * stride, k);
+        std::fill(rows + r * stride + k, rows + (r + 1) * stride, 0.0f);
+      }
+      T* to = y + row * n + begin;
+      if constexpr (std::is_same_v<T, float>) {
+        multiply_rows(weight, rows, count, begin, end, to, n);
+      } else {
+        const int64_t width = end - begin;
+        float* result = result_buffer.take(kRows * width);
+        multiply_rows(weight, rows, count, begin, end, result, width);
+        for (int r = 0; r < count; ++r) {
+          BLAQ_VARIANT(narrow_run<float, T>)(result + r * width, to + r * n, width);
+        }
+      }
+    }
+  });
+}
+
+// float64 serves gradcheck: torch's own product with the unpacked weight.
+Tensor float64_linear(const Tensor& input, const Tensor& qweight, const Tensor& scale,
+                      const std::optional<Tensor>& bias, const std::vector<double>& levels,
+                      int64_t group_size) {
+  using torch::stable::detail::from;
+  const Tensor weight =
+      unpack_weight(qweight, scale, levels, group_size, input.sizes().back(), ScalarType::Double);
+  std::array<StableIValue, 3> stack{from(input), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor packed_linear(const Tensor& input, const Tensor& qweight, const Tensor& scale,
+                     const std::optional<Tensor>& bias, const std::vector<double>& levels,
+                     int64_t group_size) {
+  const char* op = "packed_linear";
+  BLAQ_REQUIRE(input.dim() >= 1, op, "input", "have at least 1 dimension", input.dim());
+  check_dtype(op, "input", input, kFloatDtypes);
+  const int64_t in_features = input.sizes().back();
+  const bool wide = input.scalar_type() == ScalarType::Double;
+  check_qweight(op, qweight, scale, levels, group_size, in_features,
+                {wide ? ScalarType::Double : ScalarType::Float});
+  check_packed_input(op, input, qweight, bias);
+  if (wide) return float64_linear(input, qweight, scale, bias, levels, group_size);
+
+  std::vector<int64_t> shape = input.sizes().vec();
+  shape.back() = qweight.size(1);
+  Tensor output = torch::stable::new_empty(input, shape);
+  if (output.numel() == 0) return output;
+  const Tensor rows = input.is_contiguous() ? input : torch::stable::contiguous(input);
+  const PackedMatrix weight = packed_matrix(qweight, scale, levels, group_size, in_features);
+  with_float_type(input.scalar_type(), [&]<typename T>() {
+    if constexpr (sizeof(T) <= 4) {
+      linear<T>(rows, weight, bias, output);
+    }
+  });
+  return output;
+}
+
+}  // namespace
+}  // namespace blaq
+
+STABLE_TORCH_LIBRARY_IMPL(blaq, CPU, m) {
+  m.impl("packed_linear", TORCH_BOX(&blaq::packed_linear));
+}
