@@ -274,6 +274,13 @@ def test_command_writes_targets_beside_the_rows(tmp_path, capsys, monkeypatch):
     assert "NOT MET" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("load,warned", [(0.0, False), (3.0, True), (None, False)])
+def test_command_warns_of_a_busy_machine(load, warned, monkeypatch, capsys):
+    monkeypatch.setattr(command, "describe", lambda: {**describe(), "load": load})
+    command.run(parse("blend", "--sizes", "9", "--rounds", "1"))
+    assert ("load average 3.0" in capsys.readouterr().err) == warned
+
+
 def test_command_restores_threads(tmp_path):
     before = torch.get_num_threads()
     command.run(parse("blend", "--sizes", "9", "--rounds", "1", "--threads", str(before + 1)))

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from .case import AXES, Case, Result, Row, Table, run_case
-from .machine import describe
+from .machine import Environment, describe
 from .output import format_result, format_verdicts, write_csv, write_json
 from .packed import TABLES as PACKED
 from .plot import plot
@@ -32,6 +33,7 @@ from .training import TABLES as TRAINING
 __all__ = ["TABLES", "add_arguments", "run"]
 
 TABLES: dict[str, Table] = {**TRAINING, **PACKED}
+BUSY = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +87,10 @@ def _measure(args: argparse.Namespace) -> int:
     title = (f"{environment['machine']}, {environment['threads']} threads, "
              f"torch {environment['torch']}, blaq {environment['blaq']} "
              f"({environment['capability']}), commit {commit}")
-    print(f"{title}\n")
+    print(f"{title}\n", flush=True)
+    if float(environment["load"] or 0) > BUSY:
+        print(f"warning: load average {environment['load']}: something else is running, and threads "
+              "that wait for each other wait for it too\n", file=sys.stderr)
     rows: list[Row] = []
     verdicts: list[Verdict] = []
 
@@ -118,7 +123,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         [size for size in args.sizes if len(size) == len(table.dims)], **chosen)]
 
 
-def _write(args: argparse.Namespace, environment: dict[str, str | int | bool | None],
+def _write(args: argparse.Namespace, environment: Environment,
            rows: Sequence[Row], verdicts: Sequence[Verdict], title: str) -> None:
     if args.csv:
         write_csv(args.csv, environment, rows)

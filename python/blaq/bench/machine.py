@@ -12,11 +12,16 @@ import torch
 
 import blaq_kernels
 
-__all__ = ["describe"]
+__all__ = ["Environment", "describe"]
+
+Environment = dict[str, str | int | float | bool | None]
 
 
-def describe() -> dict[str, str | int | bool | None]:
-    """Date, machine, versions, threads, and the commit that the sources are at.
+def describe() -> Environment:
+    """Date, machine and what else it does, versions, threads, commit of the sources.
+
+    ``load`` is the number of processes that ran or waited for a processor in the last minute, None
+    where the system does not count.
 
     ``commit`` and ``dirty`` (tracked files differ from the commit) are None outside of a git
     checkout.
@@ -24,7 +29,8 @@ def describe() -> dict[str, str | int | bool | None]:
     commit, dirty = _commit()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "machine": processor(), "cores": os.cpu_count(), "load": _load(),
+        "threads": torch.get_num_threads(),
         "capability": blaq_kernels.cpu_capability(), "system": platform.system(),
         "python": platform.python_version(), "torch": torch.__version__,
         "blaq": blaq_kernels.__version__, "commit": commit, "dirty": dirty}
@@ -41,6 +47,13 @@ def processor() -> str:
             return (f"{fields['model name']} (family {fields.get('cpu family')}, "
                     f"model {fields.get('model')})")
     return platform.processor() or platform.machine()
+
+
+def _load() -> float | None:
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
 
 
 def _commit() -> tuple[str | None, bool | None]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .._text import table
 from .case import Result, Row
+from .machine import Environment
 from .targets import Verdict
 
 __all__ = ["format_result", "format_verdicts", "write_csv", "write_json"]
 
-Environment = Mapping[str, str | int | bool | None]
 HEADINGS = ("", "median µs", "p20", "p80", "/ blaq", "GB/s", "GOP/s", "error")
 
 
