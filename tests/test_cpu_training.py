@@ -129,7 +129,8 @@ def test_exact_is_within_a_thousandth_of_the_optimum(name, bits, n):
 
     weights = {"gauss": normal(), "uniform": torch.rand(n, generator=generator) - 0.5,
                "cauchy": (normal() / normal()).clamp(-1e4, 1e4),
-               "outliers": torch.where(torch.rand(n, generator=generator) < 0.9, 0.01, 1.0) * normal()}
+               "outliers": torch.where(torch.rand(n, generator=generator) < 0.9, 0.01, 1.0) * normal(),
+               "clipped": (3 * normal()).clamp(-1, 1), "pile": 0.7 + 1e-5 * normal()}
     curvatures = {"one": torch.ones(n), "heavy": (2 * normal()).exp()}
     for weight_name, w in weights.items():
         for curvature_name, d in curvatures.items():
@@ -137,7 +138,9 @@ def test_exact_is_within_a_thousandth_of_the_optimum(name, bits, n):
             best_codes, best = ref.solve(w, d, None, levels, 0, 5, "exact")
             energy = ref.objective(w, d, codes, scale, levels, 0)
             optimum = ref.objective(w, d, best_codes, best, levels, 0)
-            assert energy <= optimum * 1.001, (weight_name, curvature_name)
+            rounding = 1e-14 * (d * w.square()).sum()  # of the scale to float32
+            assert energy <= optimum * 1.001 + rounding, (weight_name, curvature_name)
+
 
 
 @pytest.mark.parametrize("group_size", [0, -1, 20])

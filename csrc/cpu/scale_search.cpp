@@ -117,8 +117,7 @@ std::vector<Pair> suffix_sums(const Group& group, int base, int bins) {
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) {
       const int64_t begin = std::min(group.n, p * size), end = std::min(group.n, begin + size);
-      std::vector<float> scratch(2 * bins);
-      kernels.histogram(group.w + begin, group.d + begin, end - begin, base, bins, scratch.data(),
+      kernels.histogram(group.w + begin, group.d + begin, end - begin, base, bins,
                         sums.data() + p * (bins + 1));
     }
   });

@@ -39,9 +39,8 @@ struct TrainingKernels {
   void (*weighted_sums)(const float* w, const float* d, int64_t n, Sums*);
   void (*level_sums)(const float* w, const float* d, int64_t n, const Codebook&, float scale, Sums*);
   float (*max_abs)(const float* w, int64_t n);  // NaN counts as 0
-  // Adds (d|w|, d) to bin clamp((bits of |w| >> kBinShift) - base). `scratch` holds 2 · bins zeros.
-  void (*histogram)(const float* w, const float* d, int64_t n, int base, int bins, float* scratch,
-                    Pair* out);
+  // Adds (d|w|, d) to bin clamp((bits of |w| >> kBinShift) - base).
+  void (*histogram)(const float* w, const float* d, int64_t n, int base, int bins, Pair* out);
   void (*codes)(const float* w, int64_t n, const Codebook&, float scale, uint8_t* out);
   // level × scale; returns how many codes differ from the old ones, 0 where those are not given.
   int64_t (*values)(const float* w, int64_t n, const Codebook&, float scale, const uint8_t* old_codes,

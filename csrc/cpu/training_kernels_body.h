@@ -353,38 +353,33 @@ static float max_abs(const float* w, int64_t n) {
   return float_of_bits(static_cast<uint32_t>(largest));
 }
 
-// place[0..1] += terms[0..1], by one load, addition and store; terms[2..3] are read, too.
-static inline void add_two(float* place, const float* terms) {
+// Sums in double: a pile of equal weights, as clipping makes, would lose a float sum's digits one by one.
+static inline void add_terms(Pair* sums, const float* terms) {
 #if defined(__x86_64__)
-  const __m128 sums = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(place)));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(place), _mm_castps_si128(_mm_add_ps(sums, _mm_loadu_ps(terms))));
+  const __m128d wide = _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(terms))));
+  _mm_storeu_pd(&sums->first, _mm_add_pd(_mm_loadu_pd(&sums->first), wide));
 #else
-  place[0] += terms[0];
-  place[1] += terms[1];
+  sums->first += terms[0];
+  sums->second += terms[1];
 #endif
 }
 
-static void histogram(const float* w, const float* d, int64_t n, int base, int bins, float* scratch,
-                      Pair* out) {
+static void histogram(const float* w, const float* d, int64_t n, int base, int bins, Pair* out) {
   constexpr int kPiece = 256;
-  uint32_t at[kPiece];              // place in `scratch`
-  float terms[2 * kPiece + 2] = {};  // d|w| and d of each element; read in fours
+  int32_t bin[kPiece];
+  float terms[2 * kPiece];  // d|w| and d of each element
   for (int64_t start = 0; start < n; start += kPiece) {
     const int count = static_cast<int>(n - start < kPiece ? n - start : kPiece);
     for (int i = 0; i < count; ++i) {
       const float a = magnitude(w[start + i]);
       const int32_t b = static_cast<int32_t>(bits_of_float(a) >> kBinShift) - base;
       const int32_t low = b < 0 ? 0 : b;
-      at[i] = static_cast<uint32_t>(low >= bins ? bins - 1 : low) * 2;
+      bin[i] = low >= bins ? bins - 1 : low;
       const float least = floored(d[start + i]);
       terms[2 * i] = least * a;
       terms[2 * i + 1] = least;
     }
-    for (int i = 0; i < count; ++i) add_two(scratch + at[i], terms + 2 * i);
-  }
-  for (int b = 0; b < bins; ++b) {
-    out[b].first += scratch[2 * b];
-    out[b].second += scratch[2 * b + 1];
+    for (int i = 0; i < count; ++i) add_terms(out + bin[i], terms + 2 * i);
   }
 }
 
