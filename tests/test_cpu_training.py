@@ -142,6 +142,18 @@ def test_exact_is_within_a_thousandth_of_the_optimum(name, bits, n):
             assert energy <= optimum * 1.001 + rounding, (weight_name, curvature_name)
 
 
+@pytest.mark.parametrize("group_size", [-1, 33, 100])
+@pytest.mark.parametrize("levels", [*(levels_of(*book) for book in CODEBOOKS[1:]), (0.2, 0.6, 1.0)], ids=str)
+def test_exact_scale_of_a_short_group_is_the_optimum(levels, group_size):
+    w = torch.randn(20, 300, generator=torch.Generator().manual_seed(1))
+    w[10:] /= w[:10].flip(1)  # heavy tails
+    w[4], w[5, :150], w[6] = 0.3, 0.0, 2.0 ** (3 * w[6]).round()  # ties and zeros
+    d = (2 * torch.randn(20, 300, generator=torch.Generator().manual_seed(2))).exp()
+    energy, optimum = (ref.objective(w, d, *op(w, d, None, levels, group_size, 5, "exact"), levels, group_size)
+                       for op in (torch.ops.blaq.solve, ref.solve))
+    total = ref.to_groups(d * w.square(), group_size).sum(1)
+    assert (energy <= optimum * (1 + 1e-6) + 1e-14 * total).all()
+
 
 @pytest.mark.parametrize("group_size", [0, -1, 20])
 @pytest.mark.parametrize("name,bits", CODEBOOKS[1:])

@@ -7,7 +7,6 @@ namespace blaq {
 namespace {
 
 constexpr double kTolerance = 1e-6;    // of α, ends the alternation
-constexpr double kMoreThanEqual = 1 + 1e-12;  // of equally good scales, as α and α/2 are in pow2, the larger
 constexpr int64_t kSweepAtMost = 1024;  // elements; above, a histogram is faster and close enough
 constexpr int kMaxBins = (1 << (23 - kBinShift)) * 40;  // 40 octaves
 constexpr int kMaxParts = 16;
@@ -39,13 +38,6 @@ Pair level_sums(const Group& group, const Codebook& book, float scale) {
   });
 }
 
-// For a fixed β the best E is ½ (Σ dw² - A²/B), A = Σ dβ|w|, B = Σ dβ²: this is what it gains.
-double gain(const Pair& sums) {
-  return sums.second > 0 ? sums.first * sums.first / sums.second : 0.0;
-}
-
-double ratio(const Pair& sums) { return sums.second > 0 ? sums.first / sums.second : 0.0; }
-
 double alternate(const Group& group, const Solver& solver, double alpha) {
   for (int64_t i = 0; i < solver.max_iter; ++i) {
     const Pair sums = level_sums(group, solver.book, static_cast<float>(alpha));
@@ -56,46 +48,6 @@ double alternate(const Group& group, const Solver& solver, double alpha) {
     if (!moved) break;
   }
   return alpha;
-}
-
-// Exact for few elements: as α falls, weights cross thresholds one by one, in the order of |w| / mid.
-double sweep(const Group& group, const Codebook& book) {
-  struct Element {
-    float a, d;
-  };
-  Element sorted[kSweepAtMost];
-  const int n = static_cast<int>(group.n), steps = book.count - 1;
-  Pair sums;
-  for (int i = 0; i < n; ++i) {
-    const float d = std::max(group.d[i], kCurvatureFloor);
-    sorted[i] = {std::fabs(group.w[i]), d};
-    if (!(sorted[i].a <= __builtin_inff())) sorted[i].a = 0;  // NaN: no order, no weight
-    sums.first += static_cast<double>(d) * sorted[i].a * book.level[0];
-    sums.second += static_cast<double>(d) * book.level[0] * book.level[0];
-  }
-  std::sort(sorted, sorted + n, [](const Element& x, const Element& y) { return x.a > y.a; });
-  Pair best = sums;
-  int at[kMaxLevels] = {};
-  double next[kMaxLevels], inverse_mid[kMaxLevels], up[kMaxLevels], up2[kMaxLevels];
-  for (int j = 0; j < steps; ++j) {
-    const double low = book.level[j], high = book.level[j + 1];
-    inverse_mid[j] = 2 / (low + high), up[j] = high - low, up2[j] = high * high - low * low;
-    next[j] = sorted[0].a * inverse_mid[j];
-  }
-  for (int event = 0; event < n * steps; ++event) {
-    int j = 0;
-    for (int k = 1; k < steps; ++k) j = next[k] > next[j] ? k : j;
-    const Element& e = sorted[at[j]];
-    sums.first += e.d * up[j] * e.a;
-    sums.second += e.d * up2[j];
-    next[j] = ++at[j] < n ? sorted[at[j]].a * inverse_mid[j] : -1.0;
-    if (sums.first * sums.first * best.second >
-            best.first * best.first * sums.second * kMoreThanEqual ||
-        (best.second == 0 && sums.second > 0)) {
-      best = sums;
-    }
-  }
-  return ratio(best);
 }
 
 int bin_of(double x) { return static_cast<int>(std::bit_cast<uint32_t>(static_cast<float>(x)) >> kBinShift); }
@@ -217,7 +169,7 @@ float solve_scale(const Group& group, const Solver& solver, float init, const Pa
   } else if (!solver.exact) {
     alpha = alternate(group, solver, init > 0 ? init : ratio(sums ? *sums : weighted_sums(group)));
   } else if (group.n <= kSweepAtMost) {
-    alpha = group.n > 0 ? sweep(group, solver.book) : 0;
+    alpha = sweep(group, solver.book, ratio(sums ? *sums : weighted_sums(group)));
   } else {
     alpha = scan(group, solver.book, sums ? *sums : weighted_sums(group));
   }

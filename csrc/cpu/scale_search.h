@@ -41,6 +41,16 @@ inline Pair in_order(const std::vector<Pair>& parts) {
   return sum;
 }
 
+// For a fixed β, A = Σ dβ|w| and B = Σ dβ², the best E is ½ (Σ dw² - A²/B), at α = A/B.
+inline double ratio(const Pair& sums) { return sums.second > 0 ? sums.first / sums.second : 0.0; }
+inline double gain(const Pair& sums) { return sums.first * ratio(sums); }
+
+// Of equally good scales, as α and α/2 often are in pow2, the larger counts: a gain must be larger by more.
+constexpr double kMoreThanEqual = 1 + 1e-12;
+
+// The best α of few elements, exactly; `mean` is the weighted mean of |w|.
+double sweep(const Group& group, const Codebook& book, double mean);
+
 // Σ d|w| and Σ d.
 Pair weighted_sums(const Group& group);
 
