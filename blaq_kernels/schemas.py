@@ -141,6 +141,10 @@ def check_solve(latent: Tensor, curvature: Tensor, init_scale: Tensor | None,
         if is_real(x):
             bad = x[~x.isfinite()]
             require(bad.numel() == 0, op, name, "be finite", bad[:1].tolist())
+    if is_real(latent) and is_real(curvature) and latent.numel():  # sums of curvature × latent stay finite
+        steepest = curvature.abs().max().item()
+        require(max(1.0, latent.abs().max().item()) * steepest < 2.0**120, op, "curvature",
+                "stay below 2^120 / max(1, |latent|)", steepest)
 
 
 def _check_step_scalars(op: str, lr: Tensor, step: Tensor, beta1: float, beta2: float, eps: float,

@@ -196,6 +196,8 @@ REAL_ONLY = [
     ("pack", {"codes": torch.full((3, 10), 4, dtype=torch.uint8)}, "codes must be below 2^bits = 4, got 4"),
     ("solve", {"latent": torch.full((3, 10), NAN)}, "latent must be finite, got"),
     ("solve", {"curvature": torch.full((3, 10), INF)}, "curvature must be finite, got"),
+    ("solve", {"curvature": torch.full((3, 10), 2.0**121)},
+     "curvature must stay below 2^120 / max(1, |latent|), got 2.6584"),
     ("fused_step", {"backtrack": torch.tensor(0.0)}, "backtrack must be in (0, 1], got 0"),
     ("fused_step", {"trial_grads": []}, "trial_grads must be given where backtrack < 1, got none"),
 ]

@@ -10,21 +10,24 @@
 namespace blaq {
 namespace {
 
-void check_finite(const char* name, const Tensor& x) {
+// The largest magnitude of a tensor, whose values must all be finite.
+float check_finite(const char* name, const Tensor& x) {
+  const auto& kernels = training_kernels();
   const float* values = x.const_data_ptr<float>();
-  const int64_t n = x.numel();
-  std::vector<char> bad(blocks_of(n));
-  for_each_block(n, [&](int64_t block, int64_t begin, int64_t end) {
-    float sum = 0;  // 0 · x is 0 for a finite x, NaN otherwise
-    for (int64_t i = begin; i < end; ++i) sum += 0.0f * values[i];
-    bad[block] = sum != 0.0f;
+  std::vector<float> most(blocks_of(x.numel()));
+  for_each_block(x.numel(), [&](int64_t block, int64_t begin, int64_t end) {
+    most[block] = kernels.max_abs(values + begin, end - begin);
   });
-  for (size_t block = 0; block < bad.size(); ++block) {
-    if (!bad[block]) continue;
-    int64_t i = static_cast<int64_t>(block) * kBlock;
-    while (std::isfinite(values[i])) ++i;
-    BLAQ_REQUIRE(false, "solve", name, "be finite", list_text(std::vector<float>{values[i]}));
+  float largest = 0;
+  for (size_t block = 0; block < most.size(); ++block) {
+    if (!std::isfinite(most[block])) {
+      const float* bad = values + block * kBlock;
+      while (std::isfinite(*bad)) ++bad;
+      BLAQ_REQUIRE(false, "solve", name, "be finite", list_text(std::vector<float>{*bad}));
+    }
+    largest = std::max(largest, most[block]);
   }
+  return largest;
 }
 
 std::tuple<Tensor, Tensor> solve(const Tensor& latent, const Tensor& curvature,
@@ -37,8 +40,10 @@ std::tuple<Tensor, Tensor> solve(const Tensor& latent, const Tensor& curvature,
   check_solver(op, levels, group_size, max_iter, method);
   const MatrixShape shape = matrix_shape(latent);
   if (init_scale) check_scale(op, "init_scale", *init_scale, shape, group_size, {ScalarType::Float});
-  check_finite("latent", latent);
-  check_finite("curvature", curvature);
+  const float heaviest = std::max(1.0f, check_finite("latent", latent));
+  const float steepest = check_finite("curvature", curvature);
+  BLAQ_REQUIRE(static_cast<double>(heaviest) * steepest < 0x1p120, op, "curvature",
+               "stay below 2^120 / max(1, |latent|)", steepest);
 
   Tensor codes = torch::stable::new_empty(latent, latent.sizes(), ScalarType::Byte);
   const int64_t row_groups = groups_per_row(shape.k, group_size);

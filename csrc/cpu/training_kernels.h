@@ -38,7 +38,7 @@ struct TrainingKernels {
   // Σ d|w| and Σ d; Σ dβ|w| and Σ dβ². d counts as at least kCurvatureFloor.
   void (*weighted_sums)(const float* w, const float* d, int64_t n, Sums*);
   void (*level_sums)(const float* w, const float* d, int64_t n, const Codebook&, float scale, Sums*);
-  float (*max_abs)(const float* w, int64_t n);  // NaN counts as 0
+  float (*max_abs)(const float* w, int64_t n);  // NaN where there is one
   // Adds (d|w|, d) to bin clamp((bits of |w| >> kBinShift) - base).
   void (*histogram)(const float* w, const float* d, int64_t n, int base, int bins, Pair* out);
   void (*codes)(const float* w, int64_t n, const Codebook&, float scale, uint8_t* out);

@@ -336,19 +336,17 @@ static void level_sums(const float* w, const float* d, int64_t n, const Codebook
 }
 
 static float max_abs(const float* w, int64_t n) {
-  constexpr int32_t kInfinity = 0x7F800000;
-  Ints most{};  // non-negative floats ascend as their bits do
+  Ints most{};  // non-negative floats ascend as their bits do, NaN above all
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     const Ints u = (Ints)magnitude(load(w + i));
-    const Ints known = u > kInfinity ? Ints{} : u;
-    most = known > most ? known : most;
+    most = u > most ? u : most;
   }
   int32_t largest = 0;
   for (int l = 0; l < kLanes; ++l) largest = most[l] > largest ? most[l] : largest;
   for (; i < n; ++i) {
-    const int32_t u = static_cast<int32_t>(bits_of_float(magnitude(w[i])));
-    if (u <= kInfinity && u > largest) largest = u;
+    const auto u = static_cast<int32_t>(bits_of_float(magnitude(w[i])));
+    largest = u > largest ? u : largest;
   }
   return float_of_bits(static_cast<uint32_t>(largest));
 }
