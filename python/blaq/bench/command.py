@@ -89,8 +89,8 @@ def _measure(args: argparse.Namespace) -> int:
              f"({environment['capability']}), commit {commit}")
     print(f"{title}\n", flush=True)
     if float(environment["load"] or 0) > BUSY:
-        print(f"warning: load average {environment['load']}: something else is running, and threads "
-              "that wait for each other wait for it too\n", file=sys.stderr)
+        print(f"warning: load average {environment['load']}: something else is running, and "
+              "threads that wait for each other wait for it too\n", file=sys.stderr)
     rows: list[Row] = []
     verdicts: list[Verdict] = []
 
