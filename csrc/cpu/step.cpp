@@ -4,6 +4,7 @@
 // Bytes a float32 parameter that must move: trial reads 16 and writes 4, step reads 20 and writes 16.
 #include "cpu/step.h"
 
+#include <array>
 #include <atomic>
 #include <memory>
 
@@ -14,20 +15,23 @@ constexpr int64_t kChunk = 1024;              // elements between the steps of o
 constexpr int64_t kStreamFrom = 1 << 20;      // parameters of a call, from which params bypass the cache
 constexpr int64_t kKeptScratch = 64 << 20;    // bytes a thread keeps between calls
 
-// Memory between the two passes; kept by the thread, so that a step does not fault pages in anew.
+// Memory between the two passes; kept by the thread, so that a step does not fault pages in anew. A
+// thread has three: one for groups, and two that large weights take in turn.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) {
-    if (bytes > capacity()) {
-      buffer().reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-      if (!buffer()) throw std::bad_alloc();
-      capacity() = bytes;
+  explicit Scratch(int64_t bytes, int which = 0) : kept_(kept()[which]) {
+    if (bytes > kept_.capacity) {
+      kept_.capacity = 0;
+      kept_.buffer.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+      if (!kept_.buffer) throw std::bad_alloc();
+      kept_.capacity = bytes;
     }
-    next_ = buffer().get();
+    next_ = kept_.buffer.get();
   }
   ~Scratch() {
-    if (capacity() > kKeptScratch) buffer().reset(), capacity() = 0;
+    if (kept_.capacity > kKeptScratch) kept_.buffer.reset(), kept_.capacity = 0;
   }
+  Scratch(const Scratch&) = delete;
   template <typename T>
   T* take(int64_t n) {
     T* here = reinterpret_cast<T*>(next_);
@@ -43,14 +47,15 @@ class Scratch {
   struct Free {
     void operator()(char* p) const { std::free(p); }
   };
-  static std::unique_ptr<char, Free>& buffer() {
-    thread_local std::unique_ptr<char, Free> kept;
-    return kept;
+  struct Kept {
+    std::unique_ptr<char, Free> buffer;
+    int64_t capacity = 0;
+  };
+  static std::array<Kept, 3>& kept() {
+    thread_local std::array<Kept, 3> buffers;
+    return buffers;
   }
-  static int64_t& capacity() {
-    thread_local int64_t bytes = 0;
-    return bytes;
-  }
+  Kept& kept_;
   char* next_;
 };
 
@@ -126,54 +131,52 @@ class Runner {
   }
 
   // One scale for more than a block: each pass in parallel, d (and w in a trial) kept in between. For
-  // one bit the signs are enough to keep, and they are final before the scale is.
-  void run_blocks(const Weight& weight, int64_t n) const {
+  // one bit the signs are enough to keep, and they are final before the scale is. The second pass, which
+  // only writes params, goes with the first pass of the next such weight, which mostly reads.
+  void run_blocks(const Weight& weight, int64_t n) {
     const bool counts = commits_ && weight.flips, binary = book().is_binary();
-    const bool keeps_w = !binary && !commits_;
-    Scratch scratch(binary ? Scratch::bytes_of<uint8_t>(n)
-                           : (keeps_w ? 2 : 1) * Scratch::bytes_of<float>(n) +
-                                 Scratch::bytes_of<uint8_t>(n));
-    float* d = binary ? nullptr : scratch.take<float>(n);
-    float* own_w = keeps_w ? scratch.take<float>(n) : nullptr;
-    uint8_t* bytes = scratch.take<uint8_t>(n);  // signs of one bit, else the old codes
-    std::vector<Pair> sums(blocks_of(n));
-    std::vector<int64_t> flips(blocks_of(n));
+    auto now = std::make_unique<Large>(weight, n, binary, !binary && !commits_, turn_);
+    turn_ = 3 - turn_;
     const float old_scale = *weight.scale;
-    for_each_block(n, [&](int64_t block, int64_t begin, int64_t end) {
+    std::vector<Pair> sums(blocks_of(n));
+    const auto first_pass = [&](int64_t block, int64_t begin, int64_t end) {
       Sums partial;
       float chunk_w[kChunk], chunk_d[kChunk];
       int64_t signs = 0;
       for (int64_t i = begin; i < end; i += kChunk) {
         const int64_t count = std::min(kChunk, end - i);
-        float* di = d ? d + i : chunk_d;
-        float* wi = own_w ? own_w + i : chunk_w;
-        if (counts && !binary) kernels_.codes(weight.latent + i, count, book(), old_scale, bytes + i);
+        float* di = now->d ? now->d + i : chunk_d;
+        float* wi = now->w ? now->w + i : chunk_w;
+        if (counts && !binary) kernels_.codes(weight.latent + i, count, book(), old_scale, now->bytes + i);
         signs += update(weight, i, count, wi, di, &partial);
-        if (binary) kernels_.signs(commits_ ? weight.latent + i : wi, count, bytes + i);
+        if (binary) kernels_.signs(commits_ ? weight.latent + i : wi, count, now->bytes + i);
       }
       sums[block] = total(partial);
-      flips[block] = signs;
+      now->flips[block] = signs;
+    };
+    const int64_t blocks = blocks_of(n), before = last_ ? blocks_of(last_->n) : 0;
+    torch::stable::parallel_for(0, std::max(blocks, before), 1, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) {
+        if (b < blocks) first_pass(b, b * kBlock, std::min(n, (b + 1) * kBlock));
+        if (b < before) second_pass(*last_, b);
+      }
     });
+    finish_counts();
     const Pair all = in_order(sums);
-    const float* w = commits_ ? weight.latent : own_w;
-    const float alpha = solve_scale({w, d, n}, stage_.solver, old_scale, &all);
-    if (commits_) *weight.scale = alpha;
-    for_each_block(n, [&](int64_t block, int64_t begin, int64_t end) {
-      if (!binary) {
-        flips[block] = finish(weight, begin, end - begin, w + begin, alpha, counts ? bytes + begin : nullptr);
-        return;
-      }
-      float values[kChunk];
-      for (int64_t i = begin; i < end; i += kChunk) {
-        const int64_t count = std::min(kChunk, end - i);
-        kernels_.sign_values(bytes + i, count, alpha, values);
-        write(weight, i, count, values);
-      }
+    if (commits_) now->w = weight.latent;
+    now->alpha = solve_scale({now->w, now->d, n}, stage_.solver, old_scale, &all);
+    if (commits_) *weight.scale = now->alpha;
+    last_ = std::move(now);
+  }
+
+  // The second pass of the last large weight.
+  void flush() {
+    if (!last_) return;
+    torch::stable::parallel_for(0, blocks_of(last_->n), 1, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) second_pass(*last_, b);
     });
-    if (counts) {
-      *weight.flips = 0;
-      for (int64_t f : flips) *weight.flips += f;
-    }
+    finish_counts();
+    last_.reset();
   }
 
   const Codebook& book() const { return stage_.solver.book; }
@@ -183,9 +186,53 @@ class Runner {
     streams_ ? kernels_.stream(from, bytes, to) : static_cast<void>(__builtin_memcpy(to, from, bytes));
   }
 
+  // A large weight between its passes.
+  struct Large {
+    const Weight& weight;
+    const int64_t n;
+    Scratch scratch;
+    float* d;        // null for one bit
+    float* w;        // null for one bit; the latent where the step commits
+    uint8_t* bytes;  // signs of one bit, else the old codes
+    std::vector<int64_t> flips;
+    float alpha = 0;
+
+    Large(const Weight& weight_, int64_t n_, bool binary, bool keeps_w, int which)
+        : weight(weight_), n(n_),
+          scratch((binary ? 0 : (keeps_w ? 2 : 1) * Scratch::bytes_of<float>(n_)) +
+                      Scratch::bytes_of<uint8_t>(n_), which),
+          d(binary ? nullptr : scratch.take<float>(n_)),
+          w(keeps_w ? scratch.take<float>(n_) : nullptr), bytes(scratch.take<uint8_t>(n_)),
+          flips(blocks_of(n_)) {}
+  };
+
+  void second_pass(Large& large, int64_t block) const {
+    const int64_t begin = block * kBlock, end = std::min(large.n, begin + kBlock);
+    if (!book().is_binary()) {
+      const bool counts = commits_ && large.weight.flips;
+      large.flips[block] = finish(large.weight, begin, end - begin, large.w + begin, large.alpha,
+                                  counts ? large.bytes + begin : nullptr);
+      return;
+    }
+    float values[kChunk];
+    for (int64_t i = begin; i < end; i += kChunk) {
+      const int64_t count = std::min(kChunk, end - i);
+      kernels_.sign_values(large.bytes + i, count, large.alpha, values);
+      write(large.weight, i, count, values);
+    }
+  }
+
+  void finish_counts() {
+    if (!last_ || !commits_ || !last_->weight.flips) return;
+    *last_->weight.flips = 0;
+    for (int64_t f : last_->flips) *last_->weight.flips += f;
+  }
+
   const Stage& stage_;
   const TrainingKernels& kernels_ = training_kernels();
   const bool commits_, streams_;
+  int turn_ = 1;
+  std::unique_ptr<Large> last_;
 };
 
 // How a weight falls into groups.
@@ -247,7 +294,7 @@ int64_t parameters_of(const std::vector<Weight>& weights) {
 }
 
 void run(const std::vector<Weight>& weights, const Stage& stage, bool commits) {
-  const Runner runner(stage, commits, parameters_of(weights));
+  Runner runner(stage, commits, parameters_of(weights));
   for (const Weight& weight : weights) {
     if (commits && weight.flips) *weight.flips = 0;
   }
@@ -258,6 +305,7 @@ void run(const std::vector<Weight>& weights, const Stage& stage, bool commits) {
         if (commits && weight.flips) std::atomic_ref(*weight.flips) += flips;  // integers: any order
       },
       [&](const Weight& weight) { runner.run_blocks(weight, weight.rows * weight.cols); });
+  runner.flush();
 }
 
 }  // namespace
