@@ -52,6 +52,22 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
+inline Floats round_to_bf16(Floats x) {
+  const Words bits = (Words)x;
+  return (Floats)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
+}
+
+inline Floats round_to_half(Floats x) {
+#if BLAQ_ISA_AVX512
+  return (Floats)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)x, 0));
+#elif BLAQ_ISA_AVX2
+  return (Floats)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)x, 0));
+#else
+  const auto at = [&](int lane) { return static_cast<float>(static_cast<Half>(x[lane])); };
+  return Floats{at(0), at(1), at(2), at(3)};
+#endif
+}
+
 // The i-th digit of 4 bits of every lane, garbage above it. Shifts share two ports of Zen 4 with
 // look-ups, a multiplier shifts on the others: 14 % faster where nothing else multiplies.
 inline Words digit(Words digits, int i) {

@@ -41,11 +41,11 @@ void linear(const Tensor& input, PackedMatrix weight, const std::optional<Tensor
       }
       T* to = y + row * n + begin;
       if constexpr (std::is_same_v<T, float>) {
-        multiply_rows(weight, rows, count, begin, end, to, n);
+        multiply_rows(weight, {rows, stride, count, begin, end, to, n});
       } else {
         const int64_t width = end - begin;
         float* result = result_buffer.take(kRows * width);
-        multiply_rows(weight, rows, count, begin, end, result, width);
+        multiply_rows(weight, {rows, stride, count, begin, end, result, width});
         for (int r = 0; r < count; ++r) {
           BLAQ_VARIANT(narrow_run<float, T>)(result + r * width, to + r * n, width);
         }
@@ -85,7 +85,8 @@ Tensor packed_linear(const Tensor& input, const Tensor& qweight, const Tensor& s
   Tensor output = torch::stable::new_empty(input, shape);
   if (output.numel() == 0) return output;
   const Tensor rows = input.is_contiguous() ? input : torch::stable::contiguous(input);
-  const PackedMatrix weight = packed_matrix(qweight, scale, levels, group_size, in_features);
+  const PackedMatrix weight =
+      packed_matrix(qweight, scale, levels, group_size, in_features, input.scalar_type());
   with_float_type(input.scalar_type(), [&]<typename T>() {
     if constexpr (sizeof(T) <= 4) {
       linear<T>(rows, weight, bias, output);

@@ -17,8 +17,6 @@
 #include <new>
 #include <vector>
 
-#include "codebook.h"
-
 namespace blaq {
 
 // Memory that one thread keeps from call to call, for a matrix of any size is multiplied in pieces.
@@ -41,46 +39,44 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-struct Workspace {
-  Buffer data, panel, scale_at;
-};
+// A weight is what training had: level × scale rounded to the input's dtype.
+enum class Rounding { none, bf16, half };
 
 struct PackedMatrix {
   const uint8_t* qweight;  // [bits, n, ceil(k / 8)]
   int bits;
   int64_t n, k;
+  int64_t sharing;     // outputs that one row of inputs is for: n, or a convolution's n / groups
   float levels[16];    // signed level of each code
   const float* scale;  // [1], [n, 1] or [n, ceil(k / group_size)]
   int64_t group_size;
-  const float* bias;  // [n] or null
+  // Powers of two times the rounded scale are the rounded weights; others are rounded one by one.
+  Rounding round_scale = Rounding::none, round_weight = Rounding::none;
+  const float* bias = nullptr;  // [n]
 };
 
-inline PackedMatrix packed_matrix(const torch::stable::Tensor& qweight,
-                                  const torch::stable::Tensor& scale,
-                                  const std::vector<double>& levels, int64_t group_size,
-                                  int64_t in_features) {
-  PackedMatrix weight{static_cast<const uint8_t*>(qweight.const_data_ptr()),
-                      static_cast<int>(qweight.size(0)),
-                      qweight.size(1),
-                      in_features,
-                      {},
-                      static_cast<const float*>(scale.const_data_ptr()),
-                      group_size,
-                      nullptr};
-  signed_levels(levels, weight.bits, weight.levels);
-  return weight;
-}
+PackedMatrix packed_matrix(const torch::stable::Tensor& qweight, const torch::stable::Tensor& scale,
+                           const std::vector<double>& levels, int64_t group_size,
+                           int64_t in_features, torch::headeronly::ScalarType dtype,
+                           int64_t groups = 1);
 
 constexpr int kRows = 32;  // rows of inputs that are multiplied at a time
 
 // Length of a row of inputs, zeros up to a whole number of words included.
 inline int64_t padded(int64_t k) { return (k + 31) / 32 * 32; }
 
-// out[r][j] = Σ_k rows[r][k] · weight[begin + j][k] + bias for `count` <= kRows rows, each
-// padded(k) long. A result depends on its row and its output alone, not on which others are
-// computed with it.
-void multiply_rows(const PackedMatrix& weight, const float* rows, int count, int64_t begin,
-                   int64_t end, float* out, int64_t out_stride);
+// out[r][j] = Σ_k rows[r][k] · weight[begin + j][k] + bias[begin + j]. A result depends on its row
+// and its output alone, not on which others are computed with it.
+struct Product {
+  const float* rows;
+  int64_t row_stride;  // padded(k): the rows are
+  int count;           // of rows, at most kRows
+  int64_t begin, end;  // outputs
+  float* out;
+  int64_t out_stride;
+};
+
+void multiply_rows(const PackedMatrix& weight, const Product& product);
 
 // Shares m rows and n outputs among threads: body(first_row, last_row, begin, end).
 template <typename Body>
