@@ -336,6 +336,7 @@ def check_packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Ten
                 f"be two integers of at least {least}", list(pair))
     require(groups >= 1, op, "groups", "be at least 1", groups)
     channels = input.shape[1]
+    require(channels >= 1, op, "input", "have at least 1 channel", channels)
     require(channels % groups == 0, op, "input", f"have channels divisible by groups = {groups}",
             channels)
     in_features = channels // groups * kernel_size[0] * kernel_size[1]

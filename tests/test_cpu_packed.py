@@ -8,6 +8,7 @@ import torch
 import blaq_kernels
 from blaq_kernels import reference as ref
 from blaq_kernels.codebook import levels_of
+from blaq_kernels.schemas import _memory_format
 
 pytestmark = pytest.mark.skipif(not blaq_kernels.cpu_capabilities(), reason="needs blaq_kernels._C")
 
@@ -62,7 +63,7 @@ def random_codes(shape, levels):
 
 def test_kernels_serve_the_ops():
     serving = blaq_kernels.serving()
-    for op in ("fake_quantize", "pack", "unpack", "packed_linear"):
+    for op in ("fake_quantize", "pack", "unpack", "packed_linear", "packed_conv2d"):
         assert serving[op].startswith("C++"), op
 
 
@@ -184,9 +185,17 @@ def assert_within_budget(actual, low_precision, exact):
     assert error <= budget, f"error {error:.2e}, budget {budget:.2e}"
 
 
+def assert_rounded_once(actual, exact):
+    """Against the float64 result of the very weight that the dtype holds."""
+    error = relative_error(actual, exact)
+    assert error <= torch.finfo(actual.dtype).eps / 2 + 1e-6, f"error {error:.2e}"
+
+
 def exact_linear(x, qweight, scale, bias, levels, group_size):
-    return ref.packed_linear(x.double(), qweight, scale.double(),
-                             None if bias is None else bias.double(), levels, group_size)
+    """float64, with the weight that training had: rounded to the input's dtype."""
+    weight = ref.unpack(qweight, scale, levels, group_size, x.shape[-1], x.dtype)
+    return torch.nn.functional.linear(x.double(), weight.double(),
+                                      None if bias is None else bias.double())
 
 
 # (rows, N, K): odd ones, one word and many, more than a chunk and more than a tile.
@@ -206,16 +215,20 @@ def test_packed_linear(book, group_size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("book", ["binary", "uniform-2", "linear-3", "pow2-4"])
-def test_packed_linear_of_every_dtype(book, dtype):
+@pytest.mark.parametrize("group_size", [0, -1, 5, 32])
+@pytest.mark.parametrize("book", ["binary", "pow2-2", "ternary", "uniform-2", "linear-3", "pow2-4"])
+def test_packed_linear_of_every_dtype(book, group_size, dtype):
     levels = BOOKS[book]
-    for shape, n, bias in (((40, 700), 150, True), ((2, 3, 77), 5, False), ((300,), 64, True)):
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        qweight, scale = packed_weight(n, shape[-1], levels, -1, wide)
-        args = (torch.randn(shape, dtype=dtype), qweight, scale,
-                torch.randn(n, dtype=dtype) if bias else None, levels, -1)
-        assert_within_budget(torch.ops.blaq.packed_linear(*args), ref.packed_linear(*args),
-                             exact_linear(*args))
+    cases = ((40, 700), 150, True), ((2, 3, 77), 5, False), ((300,), 64, True)
+    for size in (1.0, 1e-3):  # the smaller makes float16 weights subnormal
+        for shape, n, bias in cases:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            qweight, scale = packed_weight(n, shape[-1], levels, group_size, wide)
+            args = (torch.randn(shape, dtype=dtype), qweight, size * scale,
+                    size * torch.randn(n, dtype=dtype) if bias else None, levels, group_size)
+            actual, exact = torch.ops.blaq.packed_linear(*args), exact_linear(*args)
+            assert_within_budget(actual, ref.packed_linear(*args), exact)
+            assert_rounded_once(actual, exact)
 
 
 def test_one_bit_is_more_exact_than_bfloat16():
@@ -291,3 +304,78 @@ def test_a_code_without_level_makes_its_output_undefined():
     y = torch.ops.blaq.packed_linear(torch.randn(2, 90), ref.pack(codes, 3), torch.ones(1), None,
                                      levels, 0)
     assert y[:, 7].isnan().all() and not y[:, :7].isnan().any() and not y[:, 8:].isnan().any()
+
+
+# batch, channels, height, width, out, kernel, stride, padding, dilation, groups
+CONVS = [
+    (2, 3, 9, 7, 70, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (1, 16, 8, 8, 32, (3, 3), (2, 1), (1, 0), (1, 2), 2),
+    (3, 8, 5, 6, 8, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    (2, 6, 11, 5, 6, (5, 3), (2, 2), (2, 2), (2, 1), 6),
+    (1, 1, 12, 12, 20, (5, 5), (1, 1), (0, 0), (1, 1), 1),
+    (1, 40, 14, 13, 130, (3, 3), (1, 2), (1, 1), (1, 1), 1),
+]
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+def conv_arguments(conv, levels, group_size, dtype=torch.float32, layout="nchw", bias=True):
+    batch, channels, height, width, out, kernel, *tail = conv
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    k = channels // tail[-1] * kernel[0] * kernel[1]
+    x = torch.randn(batch, channels, height, width).to(dtype)
+    return (x.contiguous(memory_format=LAYOUTS[layout]),
+            *packed_weight(out, k, levels, group_size, wide),
+            torch.randn(out).to(dtype) if bias else None, levels, group_size, kernel, *tail)
+
+
+def exact_conv2d(x, qweight, scale, bias, levels, group_size, kernel, *tail):
+    k = x.shape[1] // tail[-1] * kernel[0] * kernel[1]
+    weight = ref.unpack(qweight, scale, levels, group_size, k, x.dtype)
+    weight = weight.reshape(qweight.shape[1], -1, *kernel)
+    return torch.nn.functional.conv2d(x.double(), weight.double(),
+                                      None if bias is None else bias.double(), *tail)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("group_size", [0, -1, 5, 32])
+@pytest.mark.parametrize("book", ["binary", "ternary", "three", "pow2-4"])
+def test_packed_conv2d(book, group_size, layout):
+    for conv in CONVS:
+        args = conv_arguments(conv, BOOKS[book], group_size, layout=layout)
+        actual = torch.ops.blaq.packed_conv2d(*args)
+        assert_within_budget(actual, ref.packed_conv2d(*args), exact_conv2d(*args))
+        assert actual.is_contiguous(memory_format=_memory_format(args[0]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("book", ["pow2-2", "linear-3"])
+def test_packed_conv2d_of_every_dtype(book, dtype, layout):
+    for conv in (*CONVS[:2], CONVS[3]):
+        args = conv_arguments(conv, BOOKS[book], -1, dtype, layout, bias=conv is CONVS[0])
+        actual, exact = torch.ops.blaq.packed_conv2d(*args), exact_conv2d(*args)
+        assert_within_budget(actual, ref.packed_conv2d(*args), exact)
+        assert_rounded_once(actual, exact)
+        assert actual.is_contiguous(memory_format=_memory_format(args[0]))
+
+
+@pytest.mark.parametrize("conv", [CONVS[0], CONVS[1], CONVS[5]], ids=str)
+@pytest.mark.parametrize("book", ["binary", "pow2-4"])
+def test_packed_conv2d_does_not_depend_on_threads_layout_or_batch(book, conv):
+    x, *rest = conv_arguments((5, *conv[1:]), BOOKS[book], 0)
+    expected = torch.ops.blaq.packed_conv2d(x, *rest)
+    odd = torch.randn(5, *x.shape[2:], x.shape[1] + 3)[..., 3:].permute(0, 3, 1, 2).copy_(x)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for layout in (x, x.contiguous(memory_format=torch.channels_last), odd):
+            assert torch.equal(torch.ops.blaq.packed_conv2d(layout, *rest), expected)
+        assert torch.equal(torch.ops.blaq.packed_conv2d(x[2:3], *rest), expected[2:3])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch,out", [(0, 9), (2, 0), (0, 0)])
+def test_packed_conv2d_of_nothing(batch, out, layout):
+    for dtype in DTYPES:
+        args = conv_arguments((batch, 4, 6, 5, out, *CONVS[0][5:]), (1.0,), -1, dtype, layout)
+        actual = torch.ops.blaq.packed_conv2d(*args)
+        assert actual.shape == (batch, out, 6, 5) and actual.dtype == dtype

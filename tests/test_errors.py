@@ -183,6 +183,7 @@ BAD = {
         ({"padding": [-1, 0]}, "padding must be two integers of at least 0, got [-1, 0]"),
         ({"dilation": [0, 1]}, "dilation must be two integers of at least 1, got [0, 1]"),
         ({"groups": 0}, "groups must be at least 1, got 0"),
+        ({"input": torch.rand(1, 0, 5, 5)}, "input must have at least 1 channel, got 0"),
         ({"groups": 4}, "input must have channels divisible by groups = 4, got 6"),
         ({"input": torch.rand(1, 8, 5, 5)}, "qweight must have 4 bytes a row for K = 32, got 3"),
         ({"input": torch.rand(1, 6, 1, 5)}, "input must be at least as large as the kernel, got [1, 5]"),

@@ -1,0 +1,250 @@
+// torch.ops.blaq.packed_conv2d: the pixels under the kernel become rows, multiplied as in
+// packed_linear. Padding and conversion to float happen once, in a copy of the image, so that a row
+// is a plain gather.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstring>
+
+#include "cpu/float_types.h"
+#include "cpu/packed_matmul.h"
+#include "cpu/runs.h"
+#include "cpu/unpack.h"
+#include "packed_checks.h"
+
+#define BLAQ_KERNEL_FILE "cpu/convert_kernel.h"
+#include "cpu/foreach_isa.h"
+
+namespace blaq {
+namespace {
+
+using Pair = std::vector<int64_t>;  // height, width
+
+struct Conv {
+  const Pair &kernel, &stride, &padding, &dilation;
+  int64_t groups;
+  bool channels_last;
+  int64_t batch, channels, height, width, out_height, out_width;
+};
+
+// Whether memory runs batch, height, width, channels: torch's rule, which overlooks sizes of 1.
+bool is_channels_last(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t expected = 1;
+  for (const int d : {1, 3, 2, 0}) {
+    if (sizes[d] == 1) continue;
+    if (strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+// Where a padded image of floats keeps its elements.
+struct Image {
+  const float* data;
+  int64_t image, channel, row, column;  // strides
+};
+
+// The input in its own layout, as floats, with zeros around.
+template <typename T>
+Image padded_image(const Tensor& input, const Conv& conv, std::optional<Tensor>& copy) {
+  const int64_t height = conv.height + 2 * conv.padding[0],
+                width = conv.width + 2 * conv.padding[1];
+  const int64_t inner = conv.channels_last ? conv.channels : 1;  // elements of a pixel in a line
+  const int64_t planes = conv.channels_last ? conv.batch : conv.batch * conv.channels;
+  const int64_t plane = height * width, line = width * inner;
+  const T* from = static_cast<const T*>(input.const_data_ptr());
+  Image image{nullptr, conv.channels * plane, conv.channels_last ? 1 : plane, line, inner};
+  if (std::is_same_v<T, float> && conv.padding[0] == 0 && conv.padding[1] == 0) {
+    image.data = reinterpret_cast<const float*>(from);
+    return image;
+  }
+  copy = torch::stable::new_empty(input, {planes, height, line}, ScalarType::Float);
+  float* to = copy->mutable_data_ptr<float>();
+  image.data = to;
+  const int64_t left = conv.padding[1] * inner, count = conv.width * inner;
+  torch::stable::parallel_for(
+      0, planes * height, 1 + (1 << 14) / (line + 1), [&](int64_t begin, int64_t end) {
+        for_each_run(begin, end, height, [&](int64_t index, int64_t first, int64_t last) {
+          for (int64_t y = first; y < last; ++y) {
+            float* row = to + (index * height + y) * line;
+            const int64_t source = y - conv.padding[0];
+            if (source < 0 || source >= conv.height) {
+              std::fill(row, row + line, 0.0f);
+              continue;
+            }
+            std::fill(row, row + left, 0.0f);
+            BLAQ_VARIANT(widen<T, float>)
+            (from + (index * conv.height + source) * count, row + left, count);
+            std::fill(row + left + count, row + line, 0.0f);
+          }
+        });
+      });
+  return image;
+}
+
+// Results [pixels, width] to the outputs from `n` on of `count` pixels, the first of which is
+// `pixel`.
+template <typename T>
+void put(const Conv& conv, const float* result, int64_t pixel, int count, int64_t n, int64_t width,
+         int64_t outputs, T* out) {
+  const int64_t plane = conv.out_height * conv.out_width;
+  if (conv.channels_last) {
+    for (int r = 0; r < count; ++r) {
+      BLAQ_VARIANT(narrow_run<float, T>)
+      (result + r * width, out + (pixel + r) * outputs + n, width);
+    }
+    return;
+  }
+  for_each_run(pixel, pixel + count, plane, [&](int64_t image, int64_t first, int64_t last) {
+    const float* from = result + (image * plane + first - pixel) * width;
+    for (int64_t j = 0; j < width; ++j) {
+      float line[kRows];
+      for (int64_t r = 0; r < last - first; ++r) line[r] = from[r * width + j];
+      BLAQ_VARIANT(narrow_run<float, T>)
+      (line, out + (image * outputs + n + j) * plane + first, last - first);
+    }
+  });
+}
+
+template <typename T>
+void convolve(const Tensor& input, PackedMatrix weight, const std::optional<Tensor>& bias,
+              const Conv& conv, Tensor& output) {
+  const int64_t k = weight.k, n = weight.sharing, stride = padded(k);
+  const int64_t channels = conv.channels / conv.groups;
+  std::vector<float> wide_bias(bias ? weight.n : 0);
+  if (bias) {
+    BLAQ_VARIANT(widen<T, float>)
+    (static_cast<const T*>(bias->const_data_ptr()), wide_bias.data(), weight.n);
+    weight.bias = wide_bias.data();
+  }
+  std::optional<Tensor> copy;
+  const Image image = padded_image<T>(input, conv, copy);
+  std::vector<int64_t> offset;
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t i = 0; i < conv.kernel[0]; ++i) {
+      for (int64_t j = 0; j < conv.kernel[1]; ++j) {
+        offset.push_back(c * image.channel + i * conv.dilation[0] * image.row +
+                         j * conv.dilation[1] * image.column);
+      }
+    }
+  }
+  T* out = static_cast<T*>(output.mutable_data_ptr());
+  const int64_t pixels = conv.batch * conv.out_height * conv.out_width;
+  share_matrix(pixels, n, k, [&](int64_t first, int64_t last, int64_t begin, int64_t end) {
+    thread_local Buffer row_buffer, result_buffer;
+    float* rows = row_buffer.take(kRows * stride);
+    float* result = result_buffer.take(kRows * (end - begin));
+    for (int64_t pixel = first; pixel < last; pixel += kRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kRows, last - pixel));
+      for (int64_t group = 0; group < conv.groups; ++group) {
+        for (int r = 0; r < count; ++r) {
+          const int64_t x = (pixel + r) % conv.out_width, line = (pixel + r) / conv.out_width;
+          const int64_t y = line % conv.out_height;
+          const float* from = image.data + line / conv.out_height * image.image +
+                              group * channels * image.channel + y * conv.stride[0] * image.row +
+                              x * conv.stride[1] * image.column;
+          float* row = rows + r * stride;
+          for (int64_t i = 0; i < k; ++i) row[i] = from[offset[i]];
+          std::fill(row + k, row + stride, 0.0f);
+        }
+        const int64_t at = group * n + begin, width = end - begin;
+        multiply_rows(weight, {rows, stride, count, at, at + width, result, width});
+        put(conv, result, pixel, count, at, width, weight.n, out);
+      }
+    }
+  });
+}
+
+// Torch's own convolution of the unpacked weight: float64, which serves gradcheck, and groups of so
+// few outputs that most lanes would idle.
+Tensor unpacked_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& scale,
+                       const std::optional<Tensor>& bias, const std::vector<double>& levels,
+                       int64_t group_size, int64_t in_features, const Conv& conv) {
+  using torch::stable::detail::from;
+  const Tensor weight = torch::stable::view(
+      unpack_weight(qweight, scale, levels, group_size, in_features, input.scalar_type()),
+      {qweight.size(1), conv.channels / conv.groups, conv.kernel[0], conv.kernel[1]});
+  std::array<StableIValue, 7> stack{from(input),       from(weight),       from(bias),
+                                    from(conv.stride), from(conv.padding), from(conv.dilation),
+                                    from(conv.groups)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::conv2d", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+void check_pair(const char* op, const char* name, const Pair& pair, int64_t least) {
+  BLAQ_REQUIRE(pair.size() == 2 && std::min(pair[0], pair[1]) >= least, op, name,
+               "be two integers of at least " + text(least), list_text(pair));
+}
+
+Tensor packed_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& scale,
+                     const std::optional<Tensor>& bias, const std::vector<double>& levels,
+                     int64_t group_size, const Pair& kernel_size, const Pair& stride,
+                     const Pair& padding, const Pair& dilation, int64_t groups) {
+  const char* op = "packed_conv2d";
+  BLAQ_REQUIRE(input.dim() == 4, op, "input", "have 4 dimensions [batch, channels, height, width]",
+               list_text(input.sizes()));
+  check_dtype(op, "input", input, kFloatDtypes);
+  check_pair(op, "kernel_size", kernel_size, 1);
+  check_pair(op, "stride", stride, 1);
+  check_pair(op, "padding", padding, 0);
+  check_pair(op, "dilation", dilation, 1);
+  BLAQ_REQUIRE(groups >= 1, op, "groups", "be at least 1", groups);
+  const int64_t channels = input.size(1);
+  BLAQ_REQUIRE(channels >= 1, op, "input", "have at least 1 channel", channels);
+  BLAQ_REQUIRE(channels % groups == 0, op, "input",
+               "have channels divisible by groups = " + text(groups), channels);
+  const int64_t in_features = channels / groups * kernel_size[0] * kernel_size[1];
+  const bool wide = input.scalar_type() == ScalarType::Double;
+  check_qweight(op, qweight, scale, levels, group_size, in_features,
+                {wide ? ScalarType::Double : ScalarType::Float});
+  const int64_t outputs = qweight.size(1);
+  BLAQ_REQUIRE(outputs % groups == 0, op, "qweight",
+               "have rows divisible by groups = " + text(groups), outputs);
+  check_packed_input(op, input, qweight, bias);
+  const auto out_size = [&](int i) {
+    const int64_t reach =
+        input.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1;
+    return reach < 0 ? 0 : reach / stride[i] + 1;
+  };
+  BLAQ_REQUIRE(out_size(0) >= 1 && out_size(1) >= 1, op, "input",
+               "be at least as large as the kernel",
+               list_text(std::vector<int64_t>{input.size(2), input.size(3)}));
+
+  const Tensor dense =
+      input.is_contiguous() || is_channels_last(input) ? input : torch::stable::contiguous(input);
+  const Conv conv{
+      kernel_size,   stride,   padding,       dilation,      groups,      !dense.is_contiguous(),
+      input.size(0), channels, input.size(2), input.size(3), out_size(0), out_size(1)};
+  constexpr auto kLast = torch::headeronly::MemoryFormat::ChannelsLast;
+  constexpr auto kFirst = torch::headeronly::MemoryFormat::Contiguous;
+  const auto layout = conv.channels_last ? kLast : kFirst;
+  const bool empty = conv.batch == 0 || outputs == 0;
+  constexpr int64_t kFewOutputs = 8;
+  if (!empty && (wide || outputs / groups < kFewOutputs)) {
+    return torch::stable::contiguous(
+        unpacked_conv2d(dense, qweight, scale, bias, levels, group_size, in_features, conv),
+        layout);
+  }
+  Tensor output =
+      torch::stable::empty({conv.batch, outputs, conv.out_height, conv.out_width},
+                           input.scalar_type(), std::nullopt, std::nullopt, std::nullopt, layout);
+  if (empty) return output;
+  const PackedMatrix weight =
+      packed_matrix(qweight, scale, levels, group_size, in_features, input.scalar_type(), groups);
+  with_float_type(input.scalar_type(), [&]<typename T>() {
+    if constexpr (sizeof(T) <= 4) convolve<T>(dense, weight, bias, conv, output);
+  });
+  return output;
+}
+
+}  // namespace
+}  // namespace blaq
+
+STABLE_TORCH_LIBRARY_IMPL(blaq, CPU, m) {
+  m.impl("packed_conv2d", TORCH_BOX(&blaq::packed_conv2d));
+}
