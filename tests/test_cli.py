@@ -253,9 +253,15 @@ def test_env(capsys, tmp_path, monkeypatch):
 # as a process
 
 
+def heed_interrupts():
+    """A job in the background, as a CI runner may be, passes on that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def spawn(*arguments, **options):
     return subprocess.Popen([sys.executable, "-m", "blaq", *map(str, arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=heed_interrupts, **options)
 
 
 def test_env_and_inspect_need_no_extra(runs):

@@ -26,7 +26,9 @@ def finished(tmp_path_factory):
     """A quick demo that Ctrl-C interrupted and that then went on: its folder and both outputs."""
     out = tmp_path_factory.mktemp("demo") / "out"
     first = subprocess.Popen([*COMMAND, str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             text=True, start_new_session=True)
+                             text=True, start_new_session=True,
+                             # A job in the background passes on that Ctrl-C is ignored.
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 120
     while not list(out.glob(f"*/{CHECKPOINT}")):
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
