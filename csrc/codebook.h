@@ -14,6 +14,7 @@ constexpr float kCurvatureFloor = 1e-8f;
 struct Codebook {
   int count = 0;              // magnitudes
   int sign_shift = 0;         // a code is sign << sign_shift | index
+  bool is_pow2 = true;        // levels 1, 1/2, 1/4, …
   float level[kMaxLevels] = {};
   float mid[kMaxLevels] = {};  // mid[j] between level[j] and level[j + 1], as a fraction of the scale
 
@@ -23,6 +24,7 @@ struct Codebook {
     for (int j = 0; j < count; ++j) {
       level[j] = static_cast<float>(levels[j]);
       if (j + 1 < count) mid[j] = static_cast<float>((levels[j] + levels[j + 1]) / 2);
+      is_pow2 = is_pow2 && level[j] == 1.0f / static_cast<float>(1 << (count - 1 - j));
     }
   }
 

@@ -233,3 +233,48 @@ def test_overlap_is_found_after_a_call_without_any():
     state["latents"][1] = state["exp_avgs"][1]
     with pytest.raises(ValueError, match="must not overlap another tensor of the call"):
         torch.ops.blaq.fused_step(**state, **tail)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 2.0**-100, 2.0**-130, 0.0])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_weight_on_a_threshold_is_on_the_upper_level(variant, bits, scale):
+    """Also where levels are too small for the arithmetic on exponents, and for what is no number."""
+    levels = levels_of("pow2", bits)
+    factor = torch.tensor(scale, dtype=torch.float32)
+    exact = torch.tensor([(a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)] + [1.0]) * factor
+    around = torch.cat([exact, exact.nextafter(torch.zeros(())), exact.nextafter(torch.tensor(9.0))])
+    latent = torch.cat([around, -around, torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])])
+    latent = latent.repeat(7)  # whole registers, and a rest
+    thresholds = torch.tensor([(a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)]) * factor
+    index = (latent.abs()[:, None] >= thresholds).sum(1)
+    value = (torch.tensor(levels) * factor)[index]
+    expected = torch.where(latent < 0, -value, value) + 0.0 * (scale == 0)
+
+    blaq_kernels.set_cpu_capability(variant)
+    state = {key: [torch.zeros_like(latent)] for key in ("grads", "exp_avgs", "exp_avg_sqs")}
+    param = torch.empty_like(latent)
+    torch.ops.blaq.fused_step(
+        params=[param], latents=[latent], scales=[factor.reshape(1)], trial_grads=[], **state, **HYPER,
+        levels=levels, group_size=0, method="exact", backtrack=torch.tensor(1.0),
+        found_inf=torch.ones(1))  # a skipped step writes the codes of (latent, scale)
+    torch.testing.assert_close(param, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stage", ["trial", "step"])
+@pytest.mark.parametrize("last", [0.0, 1e-6, 1e6])
+def test_a_last_scale_far_off_does_not_mislead_the_exact_method(last, stage):
+    levels, n = levels_of("pow2", 4), 40_000
+
+    def run(scale):
+        state = make_state(levels, 0, torch.float32, [(n,)])
+        state["scales"][0].fill_(scale)
+        trial_grads = state.pop("trial_grads")
+        tail = {**HYPER, "levels": levels, "group_size": 0, "method": "exact"}
+        if stage == "trial":
+            torch.ops.blaq.fused_trial(**state, **tail)
+        else:
+            torch.ops.blaq.fused_step(**state, trial_grads=trial_grads, backtrack=torch.tensor(0.6), **tail)
+        return state["params"][0]
+
+    torch.testing.assert_close(run(last), run(0.3), rtol=1e-6, atol=0)

@@ -11,6 +11,7 @@ constexpr int kLanes = 4;
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
 inline Floats broadcast(float x) {
 #if BLAQ_ISA_AVX512
@@ -29,6 +30,67 @@ inline Floats load(const float* p) {
 }
 
 inline void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
+
+// a where a > b, else b: also where a is NaN.
+inline Floats larger(Floats a, Floats b) {
+#if BLAQ_ISA_AVX512
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif BLAQ_ISA_AVX2
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Bytes to lanes, and the low bytes of lanes back.
+inline Words load_bytes(const uint8_t* p) {
+#if BLAQ_ISA_AVX512
+  return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif BLAQ_ISA_AVX2
+  return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  return Words{p[0], p[1], p[2], p[3]};
+#endif
+}
+
+inline void store_bytes(uint8_t* p, Words x) {
+#if BLAQ_ISA_AVX512
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x));
+#elif BLAQ_ISA_AVX2
+  const __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
+  const __m128i words = _mm_packus_epi32(low, high);
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
+#else
+  for (int l = 0; l < kLanes; ++l) p[l] = static_cast<uint8_t>(x[l]);
+#endif
+}
+
+// A store that may leave the line out of the cache, for memory that can_stream().
+inline bool can_stream(const float* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Floats) == 0; }
+
+inline void put(float* p, Floats x, bool streams) {
+  if (!streams) return store(p, x);
+#if BLAQ_ISA_AVX512
+  _mm512_stream_ps(p, (__m512)x);
+#elif BLAQ_ISA_AVX2
+  _mm256_stream_ps(p, (__m256)x);
+#else
+  store(p, x);
+#endif
+}
+
+// Bit l is set where lane l is below 0.
+inline uint32_t negative_lanes(Floats x) {
+#if BLAQ_ISA_AVX512
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_LT_OQ);
+#elif BLAQ_ISA_AVX2
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_setzero_ps(), _CMP_LT_OQ));
+#elif defined(__x86_64__)
+  return _mm_movemask_ps(_mm_cmplt_ps((__m128)x, _mm_setzero_ps()));
+#else
+  return (x[0] < 0) | (x[1] < 0) << 1 | (x[2] < 0) << 2 | (x[3] < 0) << 3;
+#endif
+}
 
 // Ends the compiler's freedom to move the sum: g++ would gather all terms first and spill them.
 inline void settle(Floats& x) {

@@ -37,7 +37,7 @@ void for_each_block(int64_t n, const Body& body) {
 
 inline Pair in_order(const std::vector<Pair>& parts) {
   Pair sum;
-  for (const Pair& part : parts) sum.first += part.first, sum.second += part.second;
+  for (const Pair& part : parts) sum += part;
   return sum;
 }
 
@@ -53,8 +53,14 @@ double sweep(const Group& group, const Codebook& book, double mean);
 
 // Σ d|w| and Σ d.
 Pair weighted_sums(const Group& group);
+// Σ dβ|w| and Σ dβ², β the nearest levels at `scale`.
+Pair level_sums(const Group& group, const Codebook& book, float scale);
 
-// `init` is the last scale, 0 for none; `sums` the weighted sums where they are known. Always positive.
-float solve_scale(const Group& group, const Solver& solver, float init, const Pair* sums);
+class Histogram;
+
+// `init` is the last scale, 0 for none; `sums` and `histogram` are the group's where they are known, else
+// null. Always positive.
+float solve_scale(const Group& group, const Solver& solver, float init, const Pair* sums = nullptr,
+                  const Histogram* histogram = nullptr);
 
 }  // namespace blaq

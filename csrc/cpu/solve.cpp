@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> solve(const Tensor& latent, const Tensor& curvature,
   const auto run = [&](int64_t g) {
     const int64_t within = g % row_groups * length, begin = g / row_groups * row + within;
     const Group group{w + begin, d + begin, std::min(length, row - within)};
-    scales[g] = solve_scale(group, solver, init ? init[g] : 0.0f, nullptr);
+    scales[g] = solve_scale(group, solver, init ? init[g] : 0.0f);
     for_each_block(group.n, [&](int64_t, int64_t first, int64_t last) {
       kernels.codes(group.w + first, last - first, solver.book, scales[g], out + begin + first);
     });

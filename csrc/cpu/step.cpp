@@ -7,12 +7,16 @@
 #include <array>
 #include <atomic>
 #include <memory>
+#include <optional>
+#include <utility>
+
+#include "cpu/histogram.h"
 
 namespace blaq {
 namespace {
 
-constexpr int64_t kChunk = 1024;              // elements between the steps of one pass: stays in L1
-constexpr int64_t kStreamFrom = 1 << 20;      // parameters of a call, from which params bypass the cache
+constexpr int64_t kChunk = 512;              // elements between the steps of one pass: stays in L1
+constexpr int64_t kStreamFrom = 1 << 20;      // parameters of a call, from which params go around the cache
 constexpr int64_t kKeptScratch = 64 << 20;    // bytes a thread keeps between calls
 
 // Memory between the two passes; kept by the thread, so that a step does not fault pages in anew. A
@@ -66,105 +70,99 @@ class Runner {
   Runner(const Stage& stage, bool commits, int64_t parameters)
       : stage_(stage), commits_(commits), streams_(parameters >= kStreamFrom) {}
 
-  // Elements [begin, begin + n) of a weight: the update, and the weighted sums of its result. w and d are
-  // the chunk's; w is unused where the step commits, for then it is the latent. Returns new signs.
-  int64_t update(const Weight& weight, int64_t begin, int64_t n, float* w, float* d, Sums* sums) const {
-    float wide[2][kChunk];
-    const float factor = stage_.scalars.inverse_grad_scale;
-    const auto floats = [&](const void* grad, float* buffer) -> const float* {
-      if (!grad) return nullptr;
-      const char* at = static_cast<const char*>(grad) + begin * size_of(weight.dtype);
-      if (weight.dtype == Dtype::f32 && factor == 1.0f) return reinterpret_cast<const float*>(at);
-      kernels_.widen(weight.dtype, at, factor, n, buffer);
-      return buffer;
-    };
-    const float* grad = floats(weight.grad, wide[0]);
+  // Elements [begin, begin + n) of a weight, at most a chunk: the update, and the weighted sums of its
+  // result. w and d take it; w is unused where the step commits, for then it is the latent.
+  void update(const Weight& weight, int64_t begin, int64_t n, float* w, float* d, Sums* sums) const {
+    const Inputs in(*this, weight, begin, n);
     if (commits_) {
-      return kernels_.step(grad, floats(weight.trial_grad, wide[1]), weight.latent + begin,
-                           weight.m + begin, weight.v + begin, n, stage_.scalars, d, sums);
+      kernels_.step(in.grad, in.trial_grad, weight.latent + begin, weight.m + begin, weight.v + begin, n,
+                    stage_.scalars, d, sums);
+    } else {
+      kernels_.trial(in.grad, weight.latent + begin, weight.m + begin, weight.v + begin, n, stage_.scalars,
+                     w, d, sums);
     }
-    kernels_.trial(grad, weight.latent + begin, weight.m + begin, weight.v + begin, n, stage_.scalars, w, d,
-                   sums);
+  }
+
+  // The same for one bit: only the signs of the result are kept. Returns how many are new.
+  int64_t update_signs(const Weight& weight, int64_t begin, int64_t n, uint16_t* negative,
+                       Sums* sums) const {
+    const Inputs in(*this, weight, begin, n);
+    if (commits_) {
+      return kernels_.step_signs(in.grad, in.trial_grad, weight.latent + begin, weight.m + begin,
+                                 weight.v + begin, n, stage_.scalars, negative, sums);
+    }
+    kernels_.trial_signs(in.grad, weight.latent + begin, weight.m + begin, weight.v + begin, n,
+                         stage_.scalars, negative, sums);
     return 0;
   }
 
-  void write(const Weight& weight, int64_t begin, int64_t n, const float* values) const {
-    char* to = static_cast<char*>(weight.param) + begin * size_of(weight.dtype);
-    if (weight.dtype == Dtype::f32) return copy(values, n * 4, to);
-    uint16_t halves[kChunk];
-    kernels_.narrow(weight.dtype, values, n, halves);
-    copy(halves, n * 2, to);
+  // Writes params at [begin, begin + n), at most a chunk: `fill(streams, values)` makes them.
+  template <typename Fill>
+  int64_t write(const Weight& weight, int64_t begin, int64_t n, const Fill& fill) const {
+    if (weight.dtype == Dtype::f32) return fill(streams_, static_cast<float*>(weight.param) + begin);
+    float values[kChunk];
+    const int64_t result = fill(false, values);
+    kernels_.narrow(weight.dtype, values, n, static_cast<char*>(weight.param) + begin * 2);
+    return result;
+  }
+
+  int64_t write_values(const Weight& weight, int64_t begin, int64_t n, const float* w, float alpha,
+                       const uint8_t* old) const {
+    return write(weight, begin, n, [&](bool streams, float* out) {
+      return kernels_.values(w, n, book(), alpha, old, streams, out);
+    });
+  }
+
+  void write_signs(const Weight& weight, int64_t begin, int64_t n, const uint16_t* negative,
+                   float alpha) const {
+    write(weight, begin, n, [&](bool streams, float* out) {
+      kernels_.sign_values(negative, n, alpha, streams, out);
+      return 0;
+    });
   }
 
   // A whole group by one thread. Returns the number of flips, where they are counted.
   int64_t run_group(const Weight& weight, int64_t begin, int64_t n, float* scale) const {
-    const bool counts = commits_ && weight.flips, by_signs = book().is_binary();
-    Scratch scratch(2 * Scratch::bytes_of<float>(n) + Scratch::bytes_of<uint8_t>(n));
-    float* d = scratch.take<float>(n);
-    float* own_w = scratch.take<float>(n);
-    uint8_t* old = scratch.take<uint8_t>(n);
-    if (counts && !by_signs) kernels_.codes(weight.latent + begin, n, book(), *scale, old);
-    Sums partial;
-    int64_t signs = 0;
-    for (int64_t i = 0; i < n; i += kChunk) {
-      signs += update(weight, begin + i, std::min(kChunk, n - i), own_w + i, d + i, &partial);
-    }
-    const Pair sums = total(partial);
-    const float* w = commits_ ? weight.latent + begin : own_w;
-    const float alpha = solve_scale({w, d, n}, stage_.solver, *scale, &sums);
-    if (commits_) *scale = alpha;
-    const int64_t flips = finish(weight, begin, n, w, alpha, counts && !by_signs ? old : nullptr);
-    return by_signs ? signs : flips;
+    return book().is_binary() ? run_binary_group(weight, begin, n, scale)
+                              : run_level_group(weight, begin, n, scale);
   }
 
-  // Second pass over [begin, begin + n).
-  int64_t finish(const Weight& weight, int64_t begin, int64_t n, const float* w, float alpha,
-                 const uint8_t* old) const {
-    int64_t flips = 0;
-    float values[kChunk];
-    for (int64_t i = 0; i < n; i += kChunk) {
-      const int64_t count = std::min(kChunk, n - i);
-      flips += kernels_.values(w + i, count, book(), alpha, old ? old + i : nullptr, values);
-      write(weight, begin + i, count, values);
-    }
-    return flips;
-  }
-
-  // One scale for more than a block: each pass in parallel, d (and w in a trial) kept in between. For
-  // one bit the signs are enough to keep, and they are final before the scale is. The second pass, which
-  // only writes params, goes with the first pass of the next such weight, which mostly reads.
+  // One scale for more than a block: each pass in parallel. The second pass, which only writes params,
+  // goes with the first pass of the next such weight, which mostly reads.
   void run_blocks(const Weight& weight, int64_t n) {
-    const bool counts = commits_ && weight.flips, binary = book().is_binary();
-    auto now = std::make_unique<Large>(weight, n, binary, !binary && !commits_, turn_);
-    turn_ = 3 - turn_;
+    const Solver& solver = stage_.solver;
     const float old_scale = *weight.scale;
+    std::optional<Histogram> histogram;
+    if (solver.exact && !book().is_binary()) histogram.emplace(expected_histogram(n, old_scale));
+    auto now = std::make_unique<Large>(weight, n, book().is_binary(), !commits_, turn_);
+    turn_ = 3 - turn_;
+    const int64_t parts = histogram ? histogram->parts() : blocks_of(n);
+    const int64_t before = last_ ? blocks_of(last_->n) : 0;
     std::vector<Pair> sums(blocks_of(n));
-    const auto first_pass = [&](int64_t block, int64_t begin, int64_t end) {
-      Sums partial;
-      float chunk_w[kChunk], chunk_d[kChunk];
-      int64_t signs = 0;
-      for (int64_t i = begin; i < end; i += kChunk) {
-        const int64_t count = std::min(kChunk, end - i);
-        float* di = now->d ? now->d + i : chunk_d;
-        float* wi = now->w ? now->w + i : chunk_w;
-        if (counts && !binary) kernels_.codes(weight.latent + i, count, book(), old_scale, now->bytes + i);
-        signs += update(weight, i, count, wi, di, &partial);
-        if (binary) kernels_.signs(commits_ ? weight.latent + i : wi, count, now->bytes + i);
-      }
-      sums[block] = total(partial);
-      now->flips[block] = signs;
-    };
-    const int64_t blocks = blocks_of(n), before = last_ ? blocks_of(last_->n) : 0;
-    torch::stable::parallel_for(0, std::max(blocks, before), 1, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b) {
-        if (b < blocks) first_pass(b, b * kBlock, std::min(n, (b + 1) * kBlock));
-        if (b < before) second_pass(*last_, b);
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t p = first; p < last; ++p) {
+        if (histogram) histogram->clear(p);
+        int64_t i = histogram ? histogram->begin(p) : p * kBlock;
+        const int64_t end = histogram ? histogram->end(p) : std::min(n, (p + 1) * kBlock);
+        int64_t j = before * p / parts * kBlock;
+        const int64_t stop = last_ ? std::min(last_->n, before * (p + 1) / parts * kBlock) : 0;
+        Sums partial;
+        while (i < end || j < stop) {
+          if (i < end) {
+            const int64_t count = std::min(kChunk, end - i);
+            first_pass(*now, i, old_scale, &partial);
+            if (histogram) histogram->add(p, now->w + i, now->d + i, count, inputs_at(weight, i + count));
+            i += count;
+            if (i % kBlock == 0 || i == n) sums[(i - 1) / kBlock] = total(std::exchange(partial, {}));
+          }
+          if (j < stop) second_pass(*last_, j), j += kChunk;
+        }
       }
     });
     finish_counts();
     const Pair all = in_order(sums);
-    if (commits_) now->w = weight.latent;
-    now->alpha = solve_scale({now->w, now->d, n}, stage_.solver, old_scale, &all);
+    if (histogram) histogram->accumulate();
+    now->alpha = solve_scale({now->w, now->d, n}, solver, old_scale, &all, histogram ? &*histogram : nullptr);
     if (commits_) *weight.scale = now->alpha;
     last_ = std::move(now);
   }
@@ -172,58 +170,149 @@ class Runner {
   // The second pass of the last large weight.
   void flush() {
     if (!last_) return;
-    torch::stable::parallel_for(0, blocks_of(last_->n), 1, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b) second_pass(*last_, b);
+    for_each_block(last_->n, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i += kChunk) second_pass(*last_, i);
     });
     finish_counts();
     last_.reset();
   }
 
+  // Params of (latent, scale) over [begin, end).
+  void restore(const Weight& weight, int64_t begin, int64_t end, float scale) const {
+    for (int64_t i = begin; i < end; i += kChunk) {
+      write_values(weight, i, std::min(kChunk, end - i), weight.latent + i, scale, nullptr);
+    }
+  }
+
   const Codebook& book() const { return stage_.solver.book; }
 
  private:
-  void copy(const void* from, int64_t bytes, void* to) const {
-    streams_ ? kernels_.stream(from, bytes, to) : static_cast<void>(__builtin_memcpy(to, from, bytes));
+  // Gradients of a chunk as floats.
+  struct Inputs {
+    float wide[2][kChunk];
+    const float *grad, *trial_grad;
+
+    Inputs(const Runner& runner, const Weight& weight, int64_t begin, int64_t n)
+        : grad(floats(runner, weight, weight.grad, begin, n, wide[0])),
+          trial_grad(floats(runner, weight, weight.trial_grad, begin, n, wide[1])) {}
+    static const float* floats(const Runner& runner, const Weight& weight, const void* grad, int64_t begin,
+                               int64_t n, float* buffer) {
+      if (!grad) return nullptr;
+      const float factor = runner.stage_.scalars.inverse_grad_scale;
+      const char* at = static_cast<const char*>(grad) + begin * size_of(weight.dtype);
+      if (weight.dtype == Dtype::f32 && factor == 1.0f) return reinterpret_cast<const float*>(at);
+      runner.kernels_.widen(weight.dtype, at, factor, n, buffer);
+      return buffer;
+    }
+  };
+
+  int64_t run_binary_group(const Weight& weight, int64_t begin, int64_t n, float* scale) const {
+    uint16_t negative[kBlock / kSumLanes];
+    std::unique_ptr<uint16_t[]> more;
+    uint16_t* signs = negative;
+    if (n > kBlock) more = std::make_unique<uint16_t[]>(n / kSumLanes + 1), signs = more.get();
+    Sums partial;
+    int64_t flips = 0;
+    for (int64_t i = 0; i < n; i += kChunk) {
+      flips += update_signs(weight, begin + i, std::min(kChunk, n - i), signs + i / kSumLanes, &partial);
+    }
+    const Pair sums = total(partial);
+    const float alpha = solve_scale({}, stage_.solver, *scale, &sums);
+    if (commits_) *scale = alpha;
+    for (int64_t i = 0; i < n; i += kChunk) {
+      write_signs(weight, begin + i, std::min(kChunk, n - i), signs + i / kSumLanes, alpha);
+    }
+    return flips;
   }
 
-  // A large weight between its passes.
+  int64_t run_level_group(const Weight& weight, int64_t begin, int64_t n, float* scale) const {
+    const bool counts = commits_ && weight.flips;
+    Scratch scratch(2 * Scratch::bytes_of<float>(n) + Scratch::bytes_of<uint8_t>(n));
+    float* d = scratch.take<float>(n);
+    float* own_w = scratch.take<float>(n);
+    uint8_t* old = counts ? scratch.take<uint8_t>(n) : nullptr;
+    if (counts) kernels_.codes(weight.latent + begin, n, book(), *scale, old);
+    Sums partial;
+    for (int64_t i = 0; i < n; i += kChunk) {
+      update(weight, begin + i, std::min(kChunk, n - i), own_w + i, d + i, &partial);
+    }
+    const Pair sums = total(partial);
+    const float* w = commits_ ? weight.latent + begin : own_w;
+    const float alpha = solve_scale({w, d, n}, stage_.solver, *scale, &sums);
+    if (commits_) *scale = alpha;
+    int64_t flips = 0;
+    for (int64_t i = 0; i < n; i += kChunk) {
+      flips += write_values(weight, begin + i, std::min(kChunk, n - i), w + i, alpha, counts ? old + i : old);
+    }
+    return flips;
+  }
+
+  // A large weight between its passes: w and d, or for one bit the signs, which are final before the
+  // scale is.
   struct Large {
     const Weight& weight;
     const int64_t n;
     Scratch scratch;
-    float* d;        // null for one bit
-    float* w;        // null for one bit; the latent where the step commits
-    uint8_t* bytes;  // signs of one bit, else the old codes
-    std::vector<int64_t> flips;
+    float* d = nullptr;
+    float* own_w = nullptr;
+    const float* w = nullptr;
+    uint8_t* old_codes = nullptr;
+    uint16_t* negative = nullptr;
+    std::vector<int64_t> flips;  // of each block
     float alpha = 0;
 
     Large(const Weight& weight_, int64_t n_, bool binary, bool keeps_w, int which)
-        : weight(weight_), n(n_),
-          scratch((binary ? 0 : (keeps_w ? 2 : 1) * Scratch::bytes_of<float>(n_)) +
-                      Scratch::bytes_of<uint8_t>(n_), which),
-          d(binary ? nullptr : scratch.take<float>(n_)),
-          w(keeps_w ? scratch.take<float>(n_) : nullptr), bytes(scratch.take<uint8_t>(n_)),
-          flips(blocks_of(n_)) {}
+        : weight(weight_), n(n_), scratch(bytes(n_, binary, keeps_w), which), flips(blocks_of(n_)) {
+      if (binary) {
+        negative = scratch.take<uint16_t>(n / kSumLanes + 1);
+        return;
+      }
+      d = scratch.take<float>(n);
+      old_codes = scratch.take<uint8_t>(n);
+      w = keeps_w ? own_w = scratch.take<float>(n) : weight.latent;
+    }
+    static int64_t bytes(int64_t n, bool binary, bool keeps_w) {
+      if (binary) return Scratch::bytes_of<uint16_t>(n / kSumLanes + 1);
+      return (keeps_w ? 2 : 1) * Scratch::bytes_of<float>(n) + Scratch::bytes_of<uint8_t>(n);
+    }
   };
 
-  void second_pass(Large& large, int64_t block) const {
-    const int64_t begin = block * kBlock, end = std::min(large.n, begin + kBlock);
-    if (!book().is_binary()) {
-      const bool counts = commits_ && large.weight.flips;
-      large.flips[block] = finish(large.weight, begin, end - begin, large.w + begin, large.alpha,
-                                  counts ? large.bytes + begin : nullptr);
+  Next inputs_at(const Weight& weight, int64_t i) const {
+    Next next;
+    for (const float* state : {weight.latent, weight.m, weight.v}) next.add(state + i, 4);
+    for (const void* grad : {weight.grad, weight.trial_grad}) {
+      if (grad) next.add(static_cast<const char*>(grad) + i * size_of(weight.dtype), size_of(weight.dtype));
+    }
+    return next;
+  }
+
+  bool counts(const Large& large) const { return commits_ && large.weight.flips; }
+
+  // Both passes take the chunk at i.
+  void first_pass(Large& large, int64_t i, float old_scale, Sums* sums) const {
+    const int64_t count = std::min(kChunk, large.n - i);
+    if (large.negative) {
+      large.flips[i / kBlock] +=
+          update_signs(large.weight, i, count, large.negative + i / kSumLanes, sums);
       return;
     }
-    float values[kChunk];
-    for (int64_t i = begin; i < end; i += kChunk) {
-      const int64_t count = std::min(kChunk, end - i);
-      kernels_.sign_values(large.bytes + i, count, large.alpha, values);
-      write(large.weight, i, count, values);
+    if (counts(large)) {
+      kernels_.codes(large.weight.latent + i, count, book(), old_scale, large.old_codes + i);
     }
+    update(large.weight, i, count, large.own_w + i, large.d + i, sums);
+  }
+
+  void second_pass(Large& large, int64_t i) const {
+    const int64_t count = std::min(kChunk, large.n - i);
+    if (large.negative) {
+      return write_signs(large.weight, i, count, large.negative + i / kSumLanes, large.alpha);
+    }
+    large.flips[i / kBlock] += write_values(large.weight, i, count, large.w + i, large.alpha,
+                                            counts(large) ? large.old_codes + i : nullptr);
   }
 
   void finish_counts() {
-    if (!last_ || !commits_ || !last_->weight.flips) return;
+    if (!last_ || !counts(*last_)) return;
     *last_->weight.flips = 0;
     for (int64_t f : last_->flips) *last_->weight.flips += f;
   }
@@ -317,7 +406,7 @@ void run_step(const std::vector<Weight>& weights, const Stage& stage) { run(weig
 void run_restore(const std::vector<Weight>& weights, const Stage& stage) {
   const Runner runner(stage, false, parameters_of(weights));
   const auto body = [&](const Weight& weight, int64_t g, int64_t begin, int64_t n) {
-    runner.finish(weight, begin, n, weight.latent + begin, weight.scale[g], nullptr);
+    runner.restore(weight, begin, begin + n, weight.scale[g]);
   };
   for (const Weight& weight : weights) {
     if (weight.flips) *weight.flips = 0;

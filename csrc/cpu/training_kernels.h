@@ -10,7 +10,7 @@
 namespace blaq {
 
 constexpr int kSumLanes = 16;
-constexpr int kBinShift = 16;  // of a float's bits: 128 bins an octave
+constexpr int kBinShift = 17;  // of a float's bits: 64 bins an octave
 
 // Σ over elements i of two terms, element i into lane i mod 16: one order for every variant.
 struct Sums {
@@ -20,6 +20,22 @@ struct Sums {
 
 struct Pair {
   double first = 0, second = 0;
+  Pair& operator+=(const Pair& other) {
+    first += other.first, second += other.second;
+    return *this;
+  }
+};
+
+// What the caller reads next, element by element: fetched meanwhile by a kernel that would leave memory idle.
+struct Next {
+  static constexpr int kMost = 5;
+  int streams = 0;
+  const char* begin[kMost];
+  int64_t bytes[kMost];  // of an element
+
+  void add(const void* stream, int64_t element_bytes) {
+    begin[streams] = static_cast<const char*>(stream), bytes[streams] = element_bytes, ++streams;
+  }
 };
 
 enum class Dtype : int { f32, bf16, f16 };
@@ -31,27 +47,31 @@ struct TrainingKernels {
   // Stage 1: w = ω* and d, nothing else is written. Adds the weighted sums.
   void (*trial)(const float* grad, const float* latent, const float* m, const float* v, int64_t n,
                 const StepScalars&, float* w, float* d, Sums*);
-  // Stage 2: latent, m and v are updated; trial_grad null is LAQ. Adds the weighted sums of the new
-  // latent; returns how many of its signs are new.
-  int64_t (*step)(const float* grad, const float* trial_grad, float* latent, float* m, float* v, int64_t n,
-                  const StepScalars&, float* d, Sums*);
+  // The same for one bit, of which only the signs of ω* are kept: bit i mod 16 of word i / 16.
+  void (*trial_signs)(const float* grad, const float* latent, const float* m, const float* v, int64_t n,
+                      const StepScalars&, uint16_t* negative, Sums*);
+  // Stage 2: latent, m and v are updated; trial_grad null is LAQ. Adds the weighted sums of the new latent.
+  void (*step)(const float* grad, const float* trial_grad, float* latent, float* m, float* v, int64_t n,
+               const StepScalars&, float* d, Sums*);
+  // The same for one bit; returns how many signs are new.
+  int64_t (*step_signs)(const float* grad, const float* trial_grad, float* latent, float* m, float* v,
+                        int64_t n, const StepScalars&, uint16_t* negative, Sums*);
   // Σ d|w| and Σ d; Σ dβ|w| and Σ dβ². d counts as at least kCurvatureFloor.
   void (*weighted_sums)(const float* w, const float* d, int64_t n, Sums*);
   void (*level_sums)(const float* w, const float* d, int64_t n, const Codebook&, float scale, Sums*);
   float (*max_abs)(const float* w, int64_t n);  // NaN where there is one
   // Adds (d|w|, d) to bin clamp((bits of |w| >> kBinShift) - base).
-  void (*histogram)(const float* w, const float* d, int64_t n, int base, int bins, Pair* out);
+  void (*histogram)(const float* w, const float* d, int64_t n, int base, int bins, const Next&, Pair* out);
   void (*codes)(const float* w, int64_t n, const Codebook&, float scale, uint8_t* out);
-  // level × scale; returns how many codes differ from the old ones, 0 where those are not given.
+  // level × scale, around the cache where `streams`; returns how many codes differ from the old ones, 0
+  // where those are not given.
   int64_t (*values)(const float* w, int64_t n, const Codebook&, float scale, const uint8_t* old_codes,
-                    float* out);
-  void (*signs)(const float* w, int64_t n, uint8_t* out);  // 1 where negative
-  void (*sign_values)(const uint8_t* signs, int64_t n, float scale, float* out);
+                    bool streams, float* out);
+  void (*sign_values)(const uint16_t* negative, int64_t n, float scale, bool streams, float* out);
   void (*scaled_update)(const float* latent, const float* grad, const float* curvature, int64_t n,
                         float* out);
   void (*blend)(const float* current, const float* trial, float a, float one_minus_a, int64_t n,
                 float* out);
-  void (*stream)(const void* in, int64_t bytes, void* out);  // copy that leaves `out` out of the cache
 };
 
 const TrainingKernels& training_kernels();
