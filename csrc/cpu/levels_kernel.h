@@ -196,7 +196,7 @@ static float max_abs(const float* w, int64_t n) {
 // Sums in double: a pile of equal weights, as clipping makes, would lose a float sum's digits one by one.
 static inline void add_terms(Pair* sums, const float* terms) {
 #if defined(__x86_64__)
-  const __m128d wide = _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(terms))));
+  const __m128d wide = _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)terms)));
   _mm_storeu_pd(&sums->first, _mm_add_pd(_mm_loadu_pd(&sums->first), wide));
 #else
   sums->first += terms[0];

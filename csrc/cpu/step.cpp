@@ -4,64 +4,19 @@
 // Bytes a float32 parameter that must move: trial reads 16 and writes 4, step reads 20 and writes 16.
 #include "cpu/step.h"
 
-#include <array>
 #include <atomic>
 #include <memory>
 #include <optional>
 #include <utility>
 
 #include "cpu/histogram.h"
+#include "cpu/scratch.h"
 
 namespace blaq {
 namespace {
 
 constexpr int64_t kChunk = 512;              // elements between the steps of one pass: stays in L1
 constexpr int64_t kStreamFrom = 1 << 20;      // parameters of a call, from which params go around the cache
-constexpr int64_t kKeptScratch = 64 << 20;    // bytes a thread keeps between calls
-
-// Memory between the two passes; kept by the thread, so that a step does not fault pages in anew. A
-// thread has three: one for groups, and two that large weights take in turn.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes, int which = 0) : kept_(kept()[which]) {
-    if (bytes > kept_.capacity) {
-      kept_.capacity = 0;
-      kept_.buffer.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
-      if (!kept_.buffer) throw std::bad_alloc();
-      kept_.capacity = bytes;
-    }
-    next_ = kept_.buffer.get();
-  }
-  ~Scratch() {
-    if (kept_.capacity > kKeptScratch) kept_.buffer.reset(), kept_.capacity = 0;
-  }
-  Scratch(const Scratch&) = delete;
-  template <typename T>
-  T* take(int64_t n) {
-    T* here = reinterpret_cast<T*>(next_);
-    next_ += bytes_of<T>(n);
-    return here;
-  }
-  template <typename T>
-  static int64_t bytes_of(int64_t n) {
-    return (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-  }
-
- private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  struct Kept {
-    std::unique_ptr<char, Free> buffer;
-    int64_t capacity = 0;
-  };
-  static std::array<Kept, 3>& kept() {
-    thread_local std::array<Kept, 3> buffers;
-    return buffers;
-  }
-  Kept& kept_;
-  char* next_;
-};
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 

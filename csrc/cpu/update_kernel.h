@@ -149,7 +149,7 @@ static inline T step_at(const float* grad, const float* trial_grad, const float*
 // stream has its own. 8 lines ahead is best of 1 to 128; farther ahead, streams evict one another.
 template <typename... Streams>
 static inline void fetch_ahead(int64_t i, Streams... streams) {
-  constexpr int64_t kAhead = 96;
+  constexpr int64_t kAhead = 128;
   (__builtin_prefetch(streams + i + kAhead), ...);
 }
 
