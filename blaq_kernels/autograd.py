@@ -40,7 +40,7 @@ def _fake_quantize_backward(ctx, grad):
 
 
 def _linear_setup(ctx, inputs, output):
-    input, qweight, scale, bias, ctx.levels, ctx.group_size = inputs
+    input, qweight, scale, bias, ctx.levels, ctx.group_size, *_ = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(input, qweight, scale)
 
@@ -60,7 +60,7 @@ def _linear_backward(ctx, grad):
         grad_scale = _scale_grad(grad_weight, values, scale, ctx.group_size)
     if ctx.has_bias and ctx.needs_input_grad[3]:
         grad_bias = flat.sum(0)
-    return grad_input, None, grad_scale, grad_bias, None, None
+    return grad_input, None, grad_scale, grad_bias, *[None] * 4
 
 
 def _conv2d_setup(ctx, inputs, output):

@@ -62,6 +62,11 @@ def serving() -> dict[str, str]:
     return {name: who(name) for name in SCHEMAS}
 
 
+def has_int8() -> bool:
+    """Whether CPU kernels compute in 8-bit integers here, from a weight that ``repack`` made."""
+    return native is not None and native.has_int8()
+
+
 def cpu_capability() -> str:
     """Variant of the C++ kernels in use: ``scalar``, ``avx2``, ``avx512`` or ``neon``; ``none`` without."""
     return native.cpu_capability() if native else "none"

@@ -300,8 +300,25 @@ def fused_step(params, grads, trial_grads, latents, exp_avgs, exp_avg_sqs, scale
             flips[i] = 0
 
 
+def repack(qweight: Tensor) -> Tensor:
+    """Bit planes in the order that CPU kernels read: for 16 rows and 32 columns ``words`` registers,
+    as many as bits (3 count as 4); the dword of a lane has 8 digits of 4 bits of its row, digit i of
+    register p the codes of columns 4i + p + words · j, the first lowest. Rows past the last are it."""
+    bits, n, row_bytes = qweight.shape
+    words = bits if bits <= 2 else 4
+    codes = torch.nn.functional.pad(unpack_codes(qweight, row_bytes * 8), (0, -8 * row_bytes % 32))
+    rows = torch.arange((n + 15) // 16 * 16, device=qweight.device).clamp(max=max(n - 1, 0))
+    tiles = codes[rows].long().reshape(-1, 16, codes.shape[1] // 32, 8, 4 // words, words)
+    term, digit = (torch.arange(count, device=qweight.device) for count in (4 // words, 8))
+    digits = (tiles << (term * words)[:, None]).sum(-2)
+    dwords = (digits << (4 * digit)[:, None]).sum(-2).permute(0, 2, 3, 1)
+    byte = torch.arange(4, device=qweight.device)
+    return ((dwords[..., None] >> (8 * byte)) & 255).to(torch.uint8).reshape(-1)
+
+
 def packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
-                  levels: Sequence[float], group_size: int) -> Tensor:
+                  levels: Sequence[float], group_size: int, repacked: Tensor | None = None,
+                  accuracy: str = "high") -> Tensor:
     """``input @ unpack(qweight).T + bias``, the weight as training had it in the input's dtype."""
     weight = unpack(qweight, scale, levels, group_size, input.shape[-1], input.dtype)
     return torch.nn.functional.linear(input, weight, bias)

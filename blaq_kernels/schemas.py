@@ -33,6 +33,8 @@ _STEP_TAIL = (
     "Tensor? grad_scale=None, Tensor? found_inf=None"
 )
 
+ACCURACIES = ("exact", "high", "fast")
+
 SCHEMAS = {
     "scaled_update": "(Tensor latent, Tensor grad, Tensor curvature) -> Tensor",
     "blend": "(Tensor current, Tensor trial, float backtrack) -> Tensor",
@@ -48,8 +50,9 @@ SCHEMAS = {
     "pack": "(Tensor codes, int bits) -> Tensor",
     "unpack": "(Tensor qweight, Tensor scale, float[] levels, int group_size, int in_features, "
     "ScalarType dtype) -> Tensor",
+    "repack": "(Tensor qweight) -> Tensor",
     "packed_linear": "(Tensor input, Tensor qweight, Tensor scale, Tensor? bias, float[] levels, "
-    "int group_size) -> Tensor",
+    "int group_size, Tensor? repacked=None, str accuracy='high') -> Tensor",
     "packed_conv2d": "(Tensor input, Tensor qweight, Tensor scale, Tensor? bias, float[] levels, "
     "int group_size, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
     "int groups) -> Tensor",
@@ -313,13 +316,39 @@ def _scale_dtypes_for(input: Tensor) -> tuple[torch.dtype, ...]:
     return (torch.float64,) if input.dtype == torch.float64 else (torch.float32,)
 
 
+def check_repack(qweight: Tensor) -> None:
+    op = "repack"
+    _dtype_in(op, "qweight", qweight, (torch.uint8,))
+    require(qweight.dim() == 3 and 1 <= qweight.shape[0] <= 4, op, "qweight",
+            "have shape [bits, N, ceil(K / 8)], bits 1 to 4", list(qweight.shape))
+    _contiguous(op, "qweight", qweight)
+
+
+def repacked_bytes(qweight: Tensor) -> int:
+    """Bytes that :func:`repack` makes of bit planes: 16 rows and 32 columns together, 4 bits a digit."""
+    bits, n, row_bytes = qweight.shape
+    return (n + 15) // 16 * ((row_bytes + 3) // 4) * (bits if bits <= 2 else 4) * 64
+
+
+def _check_repacked(op: str, repacked: Tensor | None, qweight: Tensor, accuracy: str) -> None:
+    require(accuracy in ACCURACIES, op, "accuracy", "be 'exact', 'high' or 'fast'", repr(accuracy))
+    if repacked is not None:
+        _dtype_in(op, "repacked", repacked, (torch.uint8,))
+        size = repacked_bytes(qweight)
+        require(tuple(repacked.shape) == (size,), op, "repacked", f"have shape [{size}]",
+                list(repacked.shape))
+        _contiguous(op, "repacked", repacked)
+
+
 def check_packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
-                        levels: Sequence[float], group_size: int) -> None:
+                        levels: Sequence[float], group_size: int, repacked: Tensor | None = None,
+                        accuracy: str = "high") -> None:
     op = "packed_linear"
     require(input.dim() >= 1, op, "input", "have at least 1 dimension", input.dim())
     _dtype_in(op, "input", input, FLOAT_DTYPES)
     _check_qweight(op, qweight, scale, levels, group_size, input.shape[-1], _scale_dtypes_for(input))
     _check_packed_input(op, input, qweight, bias)
+    _check_repacked(op, repacked, qweight, accuracy)
 
 
 def check_packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
@@ -379,7 +408,11 @@ def _fake_unpack(qweight, scale, levels, group_size, in_features, dtype):
     return qweight.new_empty((qweight.shape[1], in_features), dtype=dtype)
 
 
-def _fake_linear(input, qweight, scale, bias, levels, group_size):
+def _fake_repack(qweight):
+    return qweight.new_empty(repacked_bytes(qweight))
+
+
+def _fake_linear(input, qweight, *_, **__):
     return input.new_empty((*input.shape[:-1], qweight.shape[1]))
 
 
@@ -399,6 +432,7 @@ FAKES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "fake_quantize": (check_fake_quantize, lambda latent, *_: torch.empty_like(latent)),
     "pack": (check_pack, _fake_pack),
     "unpack": (check_unpack, _fake_unpack),
+    "repack": (check_repack, _fake_repack),
     "packed_linear": (check_packed_linear, _fake_linear),
     "packed_conv2d": (check_packed_conv2d, _fake_conv2d),
 }

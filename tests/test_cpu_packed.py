@@ -63,7 +63,7 @@ def random_codes(shape, levels):
 
 def test_kernels_serve_the_ops():
     serving = blaq_kernels.serving()
-    for op in ("fake_quantize", "pack", "unpack", "packed_linear", "packed_conv2d"):
+    for op in ("fake_quantize", "pack", "unpack", "repack", "packed_linear", "packed_conv2d"):
         assert serving[op].startswith("C++"), op
 
 

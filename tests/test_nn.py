@@ -52,9 +52,11 @@ def test_linear_computes_with_the_same_weight(codebook, bits, group_size, dtype)
     assert same_bits(packed.weight, layer.weight) and packed.bias is layer.bias
     x = torch.randn(3, 2, 13).to(dtype)
     exact, budget = error_budget(layer, x)
-    out = packed(x)
-    assert out.dtype == dtype and out.shape == (3, 2, 6)
-    assert (out.double() - exact).abs().max() <= budget
+    for accuracy, more in (("exact", 0), ("high", 4e-4 * exact.abs().max())):
+        packed.accuracy = accuracy
+        out = packed(x)
+        assert out.dtype == dtype and out.shape == (3, 2, 6)
+        assert (out.double() - exact).abs().max() <= budget + more
 
 
 @pytest.mark.parametrize("name", CONVS)
@@ -139,6 +141,7 @@ def test_copies_are_equal_and_independent(duplicate):
 
 def test_input_scale_and_bias_train():
     layer, packed = linear(group_size=-1)
+    packed.accuracy = "exact"
     packed.scale.requires_grad_()
     x = torch.randn(4, 13, requires_grad=True)
     packed(x).square().sum().backward()
@@ -181,7 +184,8 @@ def test_packed_layers_inside_torch_modules():
     expected = block(x)
     block.linear1 = PackedLinear.from_float(block.linear1, quantization_of(block.linear1.weight))
     block.linear2 = PackedLinear.from_float(block.linear2, quantization_of(block.linear2.weight))
-    torch.testing.assert_close(block(x), expected)  # its fast path reads linear1.weight
+    # its fast path reads linear1.weight
+    torch.testing.assert_close(block(x), expected, rtol=0, atol=4e-4 * float(expected.detach().abs().max()))
 
 
 @pytest.mark.parametrize("make,message", [

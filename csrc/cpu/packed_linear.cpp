@@ -8,7 +8,8 @@
 #include <cstring>
 
 #include "cpu/float_types.h"
-#include "cpu/packed_matmul.h"
+#include "cpu/capability.h"
+#include "cpu/packed_int8.h"
 #include "cpu/unpack.h"
 #include "packed_checks.h"
 
@@ -54,6 +55,58 @@ void linear(const Tensor& input, PackedMatrix weight, const std::optional<Tensor
   });
 }
 
+// The same in 8-bit arithmetic. A row that it cannot do is done exactly: where inputs are no numbers, the
+// result is what F.linear gives.
+template <typename T>
+void linear_int8(const Tensor& input, PackedMatrix weight, const uint8_t* repacked, Accuracy accuracy,
+                 const std::optional<Tensor>& bias, Tensor& output) {
+  constexpr int64_t kOutputs = 64, kFewRows = 8, kProducts = 1 << 20;  // that a thread is worth waking for
+  const int64_t k = weight.k, n = weight.n, m = output.numel() / n, stride = padded(k);
+  const T* x = static_cast<const T*>(input.const_data_ptr());
+  T* y = static_cast<T*>(output.mutable_data_ptr());
+  std::vector<float> wide_bias(bias ? n : 0);
+  if (bias) {
+    BLAQ_VARIANT(widen<T, float>)(static_cast<const T*>(bias->const_data_ptr()), wide_bias.data(), n);
+    weight.bias = wide_bias.data();
+  }
+  const auto body = [&](int64_t first_row, int64_t last_row, int64_t begin, int64_t end) {
+    thread_local Buffer row_buffer, result_buffer;
+    const int64_t width = end - begin;
+    for (int64_t row = first_row; row < last_row; row += kFewRows) {
+      const int count = static_cast<int>(std::min(kFewRows, last_row - row));
+      float* rows = row_buffer.take(kFewRows * stride);
+      for (int r = 0; r < count; ++r) {
+        BLAQ_VARIANT(widen<T, float>)(x + (row + r) * k, rows + r * stride, k);
+        std::fill(rows + r * stride + k, rows + (r + 1) * stride, 0.0f);
+      }
+      constexpr bool kDirect = std::is_same_v<T, float>;
+      T* to = y + row * n + begin;
+      float* out = kDirect ? reinterpret_cast<float*>(to) : result_buffer.take(kFewRows * width);
+      const Product all{rows, stride, count, begin, end, out, kDirect ? n : width};
+      if (!multiply_int8(weight, repacked, accuracy, all)) {
+        for (int r = 0; r < count; ++r) {
+          Product one = all;
+          one.rows += r * stride, one.out += r * all.out_stride, one.count = 1;
+          if (!multiply_int8(weight, repacked, accuracy, one)) multiply_rows(weight, one);
+        }
+      }
+      for (int r = 0; !kDirect && r < count; ++r) {
+        BLAQ_VARIANT(narrow_run<float, T>)(out + r * width, to + r * n, width);
+      }
+    }
+  };
+  const auto grain = [&](int64_t products) { return std::max<int64_t>(1, kProducts / (products + 1)); };
+  if (m >= kFewRows * torch::stable::get_num_threads()) {
+    torch::stable::parallel_for(0, (m + kFewRows - 1) / kFewRows, grain(kFewRows * k * n), [&](int64_t a, int64_t b) {
+      body(a * kFewRows, std::min(m, b * kFewRows), 0, n);
+    });
+  } else {
+    torch::stable::parallel_for(0, (n + kOutputs - 1) / kOutputs, grain(m * k * kOutputs), [&](int64_t a, int64_t b) {
+      body(0, m, a * kOutputs, std::min(n, b * kOutputs));
+    });
+  }
+}
+
 // float64 serves gradcheck: torch's own product with the unpacked weight.
 Tensor float64_linear(const Tensor& input, const Tensor& qweight, const Tensor& scale,
                       const std::optional<Tensor>& bias, const std::vector<double>& levels,
@@ -67,10 +120,45 @@ Tensor float64_linear(const Tensor& input, const Tensor& qweight, const Tensor& 
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+Accuracy accuracy_of(const char* op, const std::string& name) {
+  BLAQ_REQUIRE(name == "exact" || name == "high" || name == "fast", op, "accuracy",
+               "be 'exact', 'high' or 'fast'", "'" + name + "'");
+  return name == "exact" ? Accuracy::exact : name == "high" ? Accuracy::high : Accuracy::fast;
+}
+
+void check_repacked(const char* op, const Tensor& repacked, const Tensor& qweight, int64_t in_features) {
+  check_dtype(op, "repacked", repacked, {ScalarType::Byte});
+  check_contiguous(op, "repacked", repacked);
+  const int64_t bytes =
+      repacked_bytes(static_cast<int>(qweight.size(0)), qweight.size(1), in_features);
+  BLAQ_REQUIRE(repacked.dim() == 1 && repacked.numel() == bytes, op, "repacked",
+               "have shape [" + text(bytes) + "]", list_text(repacked.sizes()));
+}
+
+Tensor repack_weight(const Tensor& qweight) {
+  const char* op = "repack";
+  check_dtype(op, "qweight", qweight, {ScalarType::Byte});
+  check_contiguous(op, "qweight", qweight);
+  BLAQ_REQUIRE(qweight.dim() == 3 && qweight.size(0) >= 1 && qweight.size(0) <= 4, op, "qweight",
+               "have shape [bits, N, ceil(K / 8)], bits 1 to 4", list_text(qweight.sizes()));
+  const int bits = static_cast<int>(qweight.size(0));
+  const int64_t n = qweight.size(1), k = qweight.size(2) * 8;
+  Tensor out = torch::stable::new_empty(qweight, {repacked_bytes(bits, n, k)});
+  if (out.numel() == 0) return out;
+  if (capability() == Capability::avx512) {
+    PackedMatrix weight{qweight.const_data_ptr<uint8_t>(), bits, n, k};
+    repack(weight, out.mutable_data_ptr<uint8_t>());
+  } else {
+    torch::stable::zero_(out);  // no variant below AVX-512 reads it
+  }
+  return out;
+}
+
 Tensor packed_linear(const Tensor& input, const Tensor& qweight, const Tensor& scale,
-                     const std::optional<Tensor>& bias, const std::vector<double>& levels,
-                     int64_t group_size) {
+                     const std::optional<Tensor>& bias, std::vector<double> levels, int64_t group_size,
+                     const std::optional<Tensor>& repacked, std::string accuracy_name) {
   const char* op = "packed_linear";
+  const Accuracy accuracy = accuracy_of(op, accuracy_name);
   BLAQ_REQUIRE(input.dim() >= 1, op, "input", "have at least 1 dimension", input.dim());
   check_dtype(op, "input", input, kFloatDtypes);
   const int64_t in_features = input.sizes().back();
@@ -78,6 +166,7 @@ Tensor packed_linear(const Tensor& input, const Tensor& qweight, const Tensor& s
   check_qweight(op, qweight, scale, levels, group_size, in_features,
                 {wide ? ScalarType::Double : ScalarType::Float});
   check_packed_input(op, input, qweight, bias);
+  if (repacked) check_repacked(op, *repacked, qweight, in_features);
   if (wide) return float64_linear(input, qweight, scale, bias, levels, group_size);
 
   std::vector<int64_t> shape = input.sizes().vec();
@@ -87,9 +176,14 @@ Tensor packed_linear(const Tensor& input, const Tensor& qweight, const Tensor& s
   const Tensor rows = input.is_contiguous() ? input : torch::stable::contiguous(input);
   const PackedMatrix weight =
       packed_matrix(qweight, scale, levels, group_size, in_features, input.scalar_type());
+  const bool int8 = repacked && has_int8(weight, accuracy);
   with_float_type(input.scalar_type(), [&]<typename T>() {
     if constexpr (sizeof(T) <= 4) {
-      linear<T>(rows, weight, bias, output);
+      if (int8) {
+        linear_int8<T>(rows, weight, repacked->const_data_ptr<uint8_t>(), accuracy, bias, output);
+      } else {
+        linear<T>(rows, weight, bias, output);
+      }
     }
   });
   return output;
@@ -99,5 +193,6 @@ Tensor packed_linear(const Tensor& input, const Tensor& qweight, const Tensor& s
 }  // namespace blaq
 
 STABLE_TORCH_LIBRARY_IMPL(blaq, CPU, m) {
+  m.impl("repack", TORCH_BOX(&blaq::repack_weight));
   m.impl("packed_linear", TORCH_BOX(&blaq::packed_linear));
 }

@@ -17,6 +17,8 @@
 #include <new>
 #include <vector>
 
+#include "cpu/float_types.h"
+
 namespace blaq {
 
 // Memory that one thread keeps from call to call, for a matrix of any size is multiplied in pieces.
@@ -41,6 +43,11 @@ class Buffer {
 
 // A weight is what training had: level × scale rounded to the input's dtype.
 enum class Rounding { none, bf16, half };
+
+inline float rounded(float x, Rounding to) {
+  if (to == Rounding::bf16) return static_cast<float>(static_cast<BFloat16>(x));
+  return to == Rounding::half ? static_cast<float>(static_cast<Half>(x)) : x;
+}
 
 struct PackedMatrix {
   const uint8_t* qweight;  // [bits, n, ceil(k / 8)]

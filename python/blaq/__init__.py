@@ -3,6 +3,7 @@
 import blaq_kernels
 
 from . import functional
+from .accuracy import get_accuracy, set_accuracy
 from .codebook import bits_of, levels_for, levels_of
 from .convert import pack, unpack
 from .io import PackedFile, inspect, load, save
@@ -17,8 +18,8 @@ from .trial import RandomState, trial_pass
 __all__ = [
     "BLAQ", "AmplitudeTracker", "LayerSummary", "OscillationTracker", "PackedConv2d", "PackedFile",
     "PackedLinear", "Quantization", "RandomState", "Summary", "bits_of", "flip_ratio", "functional",
-    "inspect", "levels_for", "levels_of", "load", "pack", "param_groups", "quantization_of", "save",
-    "summary", "trial_pass", "unpack",
+    "get_accuracy", "inspect", "levels_for", "levels_of", "load", "pack", "param_groups", "quantization_of", "save",
+    "set_accuracy", "summary", "trial_pass", "unpack",
 ]
 
 __version__ = blaq_kernels.__version__

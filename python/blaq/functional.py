@@ -19,7 +19,7 @@ from torch import Tensor
 import blaq_kernels  # noqa: F401  (defines torch.ops.blaq)
 
 __all__ = ["blend", "fake_quantize", "fused_step", "fused_trial", "pack", "packed_conv2d",
-           "packed_linear", "scaled_update", "solve", "unpack"]
+           "packed_linear", "repack", "scaled_update", "solve", "unpack"]
 
 _ops = torch.ops.blaq
 
@@ -142,8 +142,21 @@ def unpack(qweight: Tensor, scale: Tensor, levels: Sequence[float], group_size: 
     return _ops.unpack.default(qweight, scale, levels, group_size, in_features, dtype)
 
 
+def repack(qweight: Tensor) -> Tensor:
+    """The weight in the order that fast CPU kernels read; made once, never saved.
+
+    Args:
+        qweight: uint8, ``[bits, N, ceil(K/8)]``, contiguous.
+
+    Returns:
+        uint8, one dimension: about as many bytes as ``qweight`` (a third more for 3 bits).
+    """
+    return _ops.repack.default(qweight)
+
+
 def packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
-                  levels: Sequence[float], group_size: int = 0) -> Tensor:
+                  levels: Sequence[float], group_size: int = 0, repacked: Tensor | None = None,
+                  accuracy: str = "high") -> Tensor:
     """``input @ weight.T + bias`` from a bit-packed weight; gradients to input, scale and bias.
 
     Args:
@@ -151,11 +164,16 @@ def packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
         qweight: uint8, ``[bits, N, ceil(K/8)]``, contiguous.
         scale: float32 (float64 for a float64 ``input``).
         bias: ``[N]``, dtype of ``input``.
+        repacked: :func:`repack` of ``qweight``; without it every kernel is exact.
+        accuracy: error that a kernel may make, relative, on Gaussian data: ``exact`` (that of
+            float32), ``high`` (4e-4, less than bfloat16's) or ``fast`` (1e-2: 8-bit inputs). A
+            processor or codebook without such a kernel is served by a more exact one.
 
     Returns:
         ``[..., N]``, dtype of ``input``.
     """
-    return _ops.packed_linear.default(input, qweight, scale, bias, levels, group_size)
+    return _ops.packed_linear.default(input, qweight, scale, bias, levels, group_size, repacked,
+                                      accuracy)
 
 
 def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,

@@ -34,6 +34,14 @@ def _error(result: Tensor, exact: Tensor) -> float:
     return float((result.to(torch.float64) - exact).norm() / exact.norm())
 
 
+def _repack(case: Case, full: bool) -> list[Variant]:
+    n, k = case.size
+    _, qweight, _ = make_weight(case, n, k)
+    op = _ops.repack.default
+    return [Variant(BLAQ, lambda: op(qweight), 2 * qweight.nbytes),
+            Variant("qweight.clone()", qweight.clone, 2 * qweight.nbytes)]
+
+
 def _pack(case: Case, full: bool) -> list[Variant]:
     codes, qweight, _ = make_weight(case, *case.size)
     array, bits, nbytes = codes.numpy(), case.bits or 1, codes.nbytes + qweight.nbytes
@@ -123,15 +131,21 @@ def _packed_linear(case: Case, full: bool) -> list[Variant]:
     x, bias = torch.randn(m, k), torch.randn(n)
     exact = F.linear(x.double(), weight.double(), bias.double())
     own = x.to(case.torch_dtype), bias.to(case.torch_dtype)
-    calls = {BLAQ: lambda: _ops.packed_linear.default(own[0], qweight, scale, own[1], case.levels,
-                                                      case.group_size),
+    repacked = _ops.repack.default(qweight)
+
+    def packed(accuracy: str) -> Callable[[], Tensor]:
+        return lambda: _ops.packed_linear.default(own[0], qweight, scale, own[1], case.levels,
+                                                  case.group_size, repacked, accuracy)
+
+    calls = {BLAQ: packed("high"), "blaq, fast": packed("fast"), "blaq, exact": packed("exact"),
              **_linears(weight, bias, x)}
     weight_bytes = {BLAQ: qweight.nbytes + scale.nbytes, LINEAR_FLOAT32: weight.nbytes,
                     LINEAR_BFLOAT16: weight.nbytes // 2}
     with torch.no_grad():
         results = {name: call() for name, call in calls.items()}
-    return [Variant(name, call, _traffic(weight_bytes.get(name), results[name], k),
-                    _error(results[name], exact)) for name, call in calls.items()]
+    return [Variant(name, torch.inference_mode()(call), _traffic(weight_bytes.get(name), results[name], k),
+                    _error(results[name], exact))
+            for name, call in calls.items()]
 
 
 def _traffic(weight_bytes: int | None, result: Tensor, k: int) -> int:
@@ -190,6 +204,7 @@ TABLES = {table.op: table for table in (
           **_MATRIX),
     Table("pack", build=_pack, axes={"bits": (1, 2, 4)}, **_MATRIX),
     Table("unpack", build=_unpack, axes={"dtype": ("float32",), **_WEIGHT}, **_MATRIX),
+    Table("repack", build=_repack, axes={"bits": (1, 2, 4)}, **_MATRIX),
     Table("packed_linear", ("M", "N", "K"),
           tuple((m, 4096, 4096) for m in (1, 4, 16, 64, 256)), _packed_linear, _linear_operations,
           {"dtype": ("float32",), **_WEIGHT}),

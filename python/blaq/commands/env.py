@@ -21,6 +21,7 @@ import torch
 import blaq_kernels
 from blaq_kernels import dispatch
 
+from ..accuracy import get_accuracy
 from ..train.data import DATA, default_folder
 
 EXTRAS = {"train": ("scikit-learn", "scipy", "matplotlib", "tqdm"), "vision": ("torchvision",),
@@ -45,7 +46,8 @@ def collect() -> dict[str, Any]:
         "build": dict(dispatch.native.build_info()) if dispatch.native else None,
         "cpu": {"capability": blaq_kernels.cpu_capability(),
                 "capabilities": blaq_kernels.cpu_capabilities(), "cores": os.cpu_count(),
-                "threads": torch.get_num_threads()},
+                "threads": torch.get_num_threads(), "int8": blaq_kernels.has_int8(),
+                "accuracy": get_accuracy()},
         "cuda": _cuda(),
         "ops": blaq_kernels.serving(),
         "data": {"BLAQ_DATA": os.environ.get("BLAQ_DATA"), "found": [
@@ -81,6 +83,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
         lines.append("C++ kernels: " + ", ".join(f"{k} {v}" for k, v in report["build"].items()))
         others = ", ".join(cpu["capabilities"])
         lines.append(f"instruction set: {cpu['capability']} (this processor can run {others})")
+    lines.append(f"packed layers: accuracy {cpu['accuracy']}"
+                 + ("" if cpu["int8"] else "; computed exactly: no 8-bit kernels for this processor"))
     lines.append(f"CPU: {cpu['cores']} cores, torch uses {cpu['threads']} threads")
     cuda = report["cuda"]
     lines.append("CUDA: none" if cuda is None else

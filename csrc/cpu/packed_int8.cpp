@@ -1,0 +1,500 @@
+#include "cpu/packed_int8.h"
+
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "cpu/capability.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,fma,prefer-vector-width=512")
+#endif
+
+namespace blaq {
+namespace {
+
+constexpr int64_t kPrepared = 24 << 10;        // bytes of a tile's tables or digits that stay in L1
+constexpr float kLeast = 1e-30f;               // inputs below which a unit would be subnormal
+
+// The most inputs that share a unit: a divisor of the group, so that a segment has one scale.
+int segment_of(int64_t group_size, int most) {
+  if (group_size <= 0) return most;
+  int segment = most;
+  while (group_size % segment != 0) segment -= 32;
+  return segment;
+}
+
+// Levels as integers: u8 level + 128, the unit that they are multiples of, and what is missing of the
+// highest level, which is 128 where the lowest is 1.
+struct LevelTable {
+  alignas(16) uint8_t level[16];
+  alignas(16) uint8_t rest[16];
+  float unit;
+  bool exact;  // all levels are multiples of the unit
+  bool has_rest;
+
+  LevelTable(const float* levels, int bits, Accuracy accuracy) {
+    const int codes = 1 << bits;
+    const auto fits = [&](int factor) {
+      for (int c = 0; c < codes / 2; ++c) {
+        const float x = levels[c] * factor;
+        if (x == x && x != std::nearbyint(x)) return false;
+      }
+      return true;
+    };
+    float factor = fits(128) ? 128 : 0;
+    for (int f = 1; f < 128; ++f) {
+      if (fits(f)) factor = f;  // the largest below 128, where there is one
+    }
+    exact = factor != 0;
+    if (!exact) factor = 127;
+    has_rest = factor == 128 && accuracy == Accuracy::high;
+    // Without the rest the highest level is 127: a unit between shares the error among all levels.
+    unit = factor == 128 && !has_rest ? 1 / 127.5f : 1 / factor;
+    for (int c = 0; c < 16; ++c) {
+      const float known = c < codes && levels[c] == levels[c] ? levels[c] : 0;
+      const int x = static_cast<int>(std::nearbyint(known * factor));
+      level[c] = static_cast<uint8_t>(std::min(x, 127) + 128);
+      rest[c] = x == 128;
+    }
+  }
+};
+
+// What a tile of rows is for every output, chunk by chunk of inputs.
+struct Prepared {
+  uint8_t* data;        // of row r at r * stride
+  int64_t stride;
+  float* unit;          // [row][segment]
+  int32_t* offset;      // [row][segment]: 128 Σ inputs, which level + 128 counts too much
+  int64_t segments;
+};
+
+// Ends the compiler's freedom to move what makes x: g++ would keep too much alive, and spill sums.
+inline void settle(__m512i& x) { asm volatile("" : "+v"(x)); }
+
+// The largest magnitude; NaN where there is one, for its bits are above all others.
+inline __m512i larger(__m512i most, __m512 x) {
+  return _mm512_max_epi32(most, _mm512_castps_si512(_mm512_abs_ps(x)));
+}
+
+inline float largest(const float* x, int count) {
+  __m512i most = _mm512_setzero_si512();
+  for (int i = 0; i < count; i += 16) most = larger(most, _mm512_loadu_ps(x + i));
+  return std::bit_cast<float>(_mm512_reduce_max_epi32(most));
+}
+
+// The largest sum that a digit can make of its inputs' magnitudes, 4i + p + WORDS · j.
+template <int WORDS>
+inline float largest_sum(const float* x, int count) {
+  __m512i most = _mm512_setzero_si512();
+  for (int i = 0; i < count; i += 16) {
+    __m512 a = _mm512_abs_ps(_mm512_loadu_ps(x + i));
+    if (WORDS == 1) a = _mm512_add_ps(a, _mm512_permute_ps(a, 0xB1));
+    most = larger(most, _mm512_add_ps(a, _mm512_permute_ps(a, 0x4E)));
+  }
+  return std::bit_cast<float>(_mm512_reduce_max_epi32(most));
+}
+
+// Tables of a segment: for each word and each of its registers 128 bytes, the even digits' and the odd
+// digits'; of two 8-bit digits first the high (signed), then the low (unsigned).
+template <int WORDS, int DIGITS>
+void build_tables(const float* x, int words, float inverse, const float* coefficients, uint8_t* tables) {
+  constexpr int kTerms = 4 / WORDS;
+  __m512 c[kTerms];
+  for (int j = 0; j < kTerms; ++j) {
+    c[j] = _mm512_mul_ps(_mm512_loadu_ps(coefficients + 16 * j), _mm512_set1_ps(inverse));
+  }
+  for (int w = 0; w < words; ++w, x += 32) {
+    for (int p = 0; p < WORDS; ++p, tables += 128 * DIGITS) {
+      for (int i = 0; i < 8; ++i) {
+        __m512 sum = _mm512_mul_ps(c[0], _mm512_set1_ps(x[4 * i + p]));
+        for (int j = 1; j < kTerms; ++j) {
+          sum = _mm512_fmadd_ps(c[j], _mm512_set1_ps(x[4 * i + p + WORDS * j]), sum);
+        }
+        const __m512i entries = _mm512_cvtps_epi32(sum);
+        uint8_t* to = tables + (i & 1) * 64 * DIGITS + (i / 2) * 16;
+        if (DIGITS == 1) {
+          _mm_store_si128((__m128i*)to, _mm512_cvtepi32_epi8(entries));
+        } else {
+          _mm_store_si128((__m128i*)to, _mm512_cvtepi32_epi8(_mm512_srai_epi32(entries, 8)));
+          _mm_store_si128((__m128i*)(to + 64), _mm512_cvtepi32_epi8(entries));
+        }
+      }
+    }
+  }
+}
+
+// acc[r][v][digit] += look-ups of `words` words; weights of vector v are at v * step.
+template <int WORDS, int DIGITS, int MR, int NV>
+[[gnu::noinline]] void add_tables(const uint8_t* weights, int64_t step, const uint8_t* tables, int64_t stride,
+                       int words, __m512i (&result)[DIGITS][MR][NV]) {
+  const __m512i low = _mm512_set1_epi8(15), quarter = _mm512_set1_epi32(0x30201000);
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i first[MR][NV] = {}, second[MR][NV] = {};
+  for (int w = 0; w < words * WORDS; ++w) {
+#pragma GCC unroll 8
+    for (int half = 0; half < 2; ++half) {
+      __m512i index[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) {
+        __m512i digits = _mm512_load_si512(weights + v * step + w * 64);
+        if (half) digits = _mm512_srli_epi32(digits, 4);
+        index[v] = _mm512_ternarylogic_epi32(digits, low, quarter, 0xEA);  // (digits & low) | quarter
+        settle(index[v]);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) {
+        const uint8_t* table = tables + r * stride + (w * 2 + half) * 64 * DIGITS;
+        const __m512i high = _mm512_load_si512(table);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) {
+          first[r][v] = _mm512_dpbusd_epi32(first[r][v], ones, _mm512_permutexvar_epi8(index[v], high));
+          settle(first[r][v]);
+        }
+        if constexpr (DIGITS == 2) {
+          const __m512i rest = _mm512_load_si512(table + 64);
+#pragma GCC unroll 8
+          for (int v = 0; v < NV; ++v) {
+            second[r][v] = _mm512_dpbusd_epi32(second[r][v], _mm512_permutexvar_epi8(index[v], rest), ones);
+            settle(second[r][v]);
+          }
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      result[0][r][v] = first[r][v];
+      if constexpr (DIGITS == 2) result[1][r][v] = second[r][v];
+    }
+  }
+}
+
+// Inputs of a segment as integers, in the order that digits have them: 64 bytes a word of 32, first those
+// of the high 8-bit digit. Returns their sum.
+template <int DIGITS>
+int32_t quantize(const float* x, int words, float inverse, uint8_t* out) {
+  // byte 4 (2p + h) + j of a word is input 4 (2j + h) + p
+  alignas(64) static constexpr auto kOrder = [] {
+    std::array<uint8_t, 32> order{};
+    for (int p = 0; p < 4; ++p)
+      for (int h = 0; h < 2; ++h)
+        for (int j = 0; j < 4; ++j) order[4 * (2 * p + h) + j] = static_cast<uint8_t>(4 * (2 * j + h) + p);
+    return order;
+  }();
+  const __m256i order = _mm256_load_si256((const __m256i*)kOrder.data());
+  const __m512 scale = _mm512_set1_ps(inverse);
+  __m512i sum = _mm512_setzero_si512();
+  for (int w = 0; w < words; ++w, x += 32, out += 32 * DIGITS) {
+    const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), scale));
+    const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16), scale));
+    sum = _mm512_add_epi32(sum, _mm512_add_epi32(a, b));
+    const auto bytes = [&](__m512i first, __m512i second) {
+      const __m256i both = _mm256_set_m128i(_mm512_cvtepi32_epi8(second), _mm512_cvtepi32_epi8(first));
+      return _mm256_permutexvar_epi8(order, both);
+    };
+    if (DIGITS == 1) {
+      _mm256_storeu_si256((__m256i*)out, bytes(a, b));
+    } else {  // x = 256 high + low, both signed
+      const __m512i half = _mm512_set1_epi32(128);
+      const __m512i ha = _mm512_srai_epi32(_mm512_add_epi32(a, half), 8);
+      const __m512i hb = _mm512_srai_epi32(_mm512_add_epi32(b, half), 8);
+      _mm256_storeu_si256((__m256i*)out, bytes(ha, hb));
+      _mm256_storeu_si256((__m256i*)(out + 32), bytes(a, b));
+    }
+  }
+  return _mm512_reduce_add_epi32(sum);
+}
+
+template <int DIGITS, bool REST, int MR, int NV>
+[[gnu::noinline]] void add_levels(const uint8_t* weights, int64_t step, const uint8_t* inputs, int64_t stride,
+                       int words, const LevelTable& table, __m512i (&result)[DIGITS][MR][NV]) {
+  const __m512i low = _mm512_set1_epi8(15);
+  const __m512i level = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table.level));
+  const __m512i rest = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table.rest));
+  const auto input = [](const uint8_t* at) {
+    int32_t four;
+    std::memcpy(&four, at, 4);
+    return _mm512_set1_epi32(four);
+  };
+  __m512i first[MR][NV] = {}, second[MR][NV] = {};
+  for (int w = 0; w < words; ++w, inputs += 32 * DIGITS) {
+#pragma GCC unroll 8
+    for (int p = 0; p < 4; ++p) {
+#pragma GCC unroll 8
+      for (int half = 0; half < 2; ++half) {
+        __m512i value[NV], more[NV];
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) {
+          __m512i digits = _mm512_load_si512(weights + v * step + (w * 4 + p) * 64);
+          digits = _mm512_and_si512(half ? _mm512_srli_epi32(digits, 4) : digits, low);
+          value[v] = _mm512_shuffle_epi8(level, digits);
+          if (REST) more[v] = _mm512_shuffle_epi8(rest, digits);
+          settle(value[v]);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r) {
+          const uint8_t* at = inputs + r * stride + 4 * (2 * p + half);
+          const __m512i x = input(at);
+#pragma GCC unroll 8
+          for (int v = 0; v < NV; ++v) {
+            first[r][v] = _mm512_dpbusd_epi32(first[r][v], value[v], x);
+            if (REST) first[r][v] = _mm512_dpbusd_epi32(first[r][v], more[v], x);
+            settle(first[r][v]);
+          }
+          if constexpr (DIGITS == 2) {
+            const __m512i y = input(at + 32);
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) {
+              second[r][v] = _mm512_dpbusd_epi32(second[r][v], value[v], y);
+              settle(second[r][v]);
+            }
+          }
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      result[0][r][v] = first[r][v];
+      if constexpr (DIGITS == 2) result[1][r][v] = second[r][v];
+    }
+  }
+}
+
+// One shape of the kernel. WORDS 4 is the way by levels.
+template <int WORDS, int DIGITS, bool REST>
+struct Kernel {
+  static constexpr bool kTables = WORDS < 4;
+  static constexpr int kInputBytes = kTables ? 4 * WORDS * DIGITS : DIGITS;  // of a prepared input
+  // 16 sums stay in registers. Decoding levels costs more than loading inputs: more rows share it.
+  static constexpr int kRowsOfTile = DIGITS == 2 && kTables ? 2 : 4;
+  static constexpr int kVectors = 16 / DIGITS / kRowsOfTile;
+  // Inputs of one unit at most: sums of two inputs in 8 bits are within 1e-2 with fewer.
+  static constexpr int kSegment = WORDS == 2 && DIGITS == 1 ? 128 : 256;
+
+  const PackedMatrix& weight;
+  const uint8_t* repacked;
+  const LevelTable& levels;
+  alignas(64) float coefficients[4 * 16];
+
+  Kernel(const PackedMatrix& weight_, const uint8_t* repacked_, const LevelTable& levels_)
+      : weight(weight_), repacked(repacked_), levels(levels_) {
+    for (int i = 0; kTables && i < 64; ++i) {
+      coefficients[i] = weight.levels[(i % 16) >> (i / 16 * WORDS) & ((1 << WORDS) - 1)];
+    }
+  }
+
+  // False where the row has no such unit.
+  bool prepare(const float* x, int words, int segment_words, uint8_t* data, float* unit,
+               int32_t* offset) const {
+    constexpr float kMost = DIGITS == 1 ? 127.0f : kTables ? 32767.0f : 32512.0f;
+    for (int w = 0; w < words; w += segment_words) {
+      const int count = std::min(segment_words, words - w);
+      const float most = kTables ? largest_sum<(kTables ? WORDS : 1)>(x + w * 32, count * 32)
+                                 : largest(x + w * 32, count * 32);
+      const bool zero = most == 0;
+      if (!(zero || (most >= kLeast && most <= __FLT_MAX__ / 2))) return false;
+      const float inverse = zero ? 0 : kMost / most;
+      *unit++ = zero ? 0 : most / kMost * (kTables ? 1 : levels.unit);
+      uint8_t* to = data + w * 32 * kInputBytes;
+      if constexpr (kTables) {
+        build_tables<WORDS, DIGITS>(x + w * 32, count, inverse, coefficients, to);
+      } else {
+        *offset++ = 128 * quantize<DIGITS>(x + w * 32, count, inverse, to);
+      }
+    }
+    return true;
+  }
+
+  // totals[r][16 v + lane] += the product over the prepared words, from word0 on.
+  template <int MR, int NV>
+  void add(const Prepared& tile, int64_t output, int64_t word0, int words, int segment_words,
+           float* totals, int64_t totals_stride) const {
+    const int64_t all_words = padded(weight.k) / 32, step = all_words * WORDS * 64;
+    const uint8_t* weights = repacked + output / 16 * step + word0 * WORDS * 64;
+    const int64_t groups = weight.group_size > 0 ? (weight.k + weight.group_size - 1) / weight.group_size : 0;
+    for (int64_t w = 0, s = 0; w < words; w += segment_words, ++s) {
+      const int count = static_cast<int>(std::min<int64_t>(segment_words, words - w));
+      __m512i acc[DIGITS][MR][NV];
+      const uint8_t* data = tile.data + w * 32 * kInputBytes;
+      if constexpr (kTables) {
+        add_tables<WORDS, DIGITS>(weights + w * WORDS * 64, step, data, tile.stride, count, acc);
+      } else {
+        add_levels<DIGITS, REST>(weights + w * WORDS * 64, step, data, tile.stride, count, levels, acc);
+      }
+      __m512 scale[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) {
+        if (!groups) break;
+        alignas(64) float lanes[16];
+        const int64_t group = (word0 + w) * 32 / weight.group_size;
+        for (int l = 0; l < 16; ++l) {
+          const int64_t n = std::min(output + 16 * v + l, weight.n - 1);
+          lanes[l] = rounded(weight.scale[n * groups + group], weight.round_scale);
+        }
+        scale[v] = _mm512_load_ps(lanes);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) {
+        const __m512 unit = _mm512_set1_ps(tile.unit[r * tile.segments + s]);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) {
+          __m512i sum = acc[0][r][v];
+          if (DIGITS == 2) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), acc[DIGITS - 1][r][v]);
+          if (!kTables) {
+            sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(tile.offset[r * tile.segments + s]));
+          }
+          const __m512 by = groups ? _mm512_mul_ps(unit, scale[v]) : unit;
+          float* total = totals + r * totals_stride + 16 * v;
+          _mm512_storeu_ps(total, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), by, _mm512_loadu_ps(total)));
+        }
+      }
+    }
+  }
+
+  template <int MR>
+  void add_outputs(const Prepared& tile, int64_t begin, int64_t end, int64_t word0, int words,
+                   int segment_words, float* totals, int64_t stride) const {
+    constexpr int kWide = MR == 1 && DIGITS == 1 ? 8 : MR == 1 ? 4 : kVectors;
+    int64_t n = begin;
+    for (; n + 16 * kWide <= end; n += 16 * kWide) {
+      add<MR, kWide>(tile, n, word0, words, segment_words, totals + n - begin, stride);
+    }
+    for (; n < end; n += 16) add<MR, 1>(tile, n, word0, words, segment_words, totals + n - begin, stride);
+  }
+
+  bool run(const Product& product, Buffer& buffer, Buffer& totals_buffer) const {
+    const int64_t words = product.row_stride / 32, width = (product.end - product.begin + 15) / 16 * 16;
+    const int segment_words = segment_of(weight.group_size, kSegment) / 32;
+    const int rows = std::min(product.count, kRowsOfTile);
+    int64_t chunk = kPrepared / (32 * kInputBytes * rows) / segment_words * segment_words;
+    chunk = std::min<int64_t>(std::max<int64_t>(chunk, segment_words), words);
+    const int64_t segments = (chunk + segment_words - 1) / segment_words;
+    Prepared tile;
+    tile.stride = (chunk * 32 * kInputBytes + 63) / 64 * 64;
+    tile.segments = segments;
+    float* memory = buffer.take((tile.stride * kRowsOfTile) / 4 + 2 * segments * kRowsOfTile);
+    tile.data = reinterpret_cast<uint8_t*>(memory);
+    tile.unit = memory + tile.stride * kRowsOfTile / 4;
+    tile.offset = reinterpret_cast<int32_t*>(tile.unit + segments * kRowsOfTile);
+    float* totals = totals_buffer.take(product.count * width);
+    std::memset(totals, 0, product.count * width * sizeof(float));
+    for (int r = 0; r < product.count; r += kRowsOfTile) {
+      const int count = std::min(product.count - r, kRowsOfTile);
+      for (int64_t word = 0; word < words; word += chunk) {
+        const int now = static_cast<int>(std::min(chunk, words - word));
+        for (int i = 0; i < kRowsOfTile; ++i) {  // a tile is whole: its last row again
+          const float* x = product.rows + (r + std::min(i, count - 1)) * product.row_stride + word * 32;
+          if (!prepare(x, now, segment_words, tile.data + i * tile.stride, tile.unit + i * segments,
+                       tile.offset + i * segments)) {
+            return false;
+          }
+          if (count == 1) break;
+        }
+        float* to = totals + r * width;
+        if (count == 1) {
+          add_outputs<1>(tile, product.begin, product.begin + width, word, now, segment_words, to, width);
+        } else if (count <= 2) {
+          add_outputs<2>(tile, product.begin, product.begin + width, word, now, segment_words, to, width);
+        } else if constexpr (kRowsOfTile == 4) {
+          if (count == 3) {
+            add_outputs<3>(tile, product.begin, product.begin + width, word, now, segment_words, to, width);
+          } else {
+            add_outputs<4>(tile, product.begin, product.begin + width, word, now, segment_words, to, width);
+          }
+        }
+      }
+    }
+    finish(product, totals, width);
+    return true;
+  }
+
+  void finish(const Product& product, const float* totals, int64_t width) const {
+    const int64_t count = product.end - product.begin;
+    for (int r = 0; r < product.count; ++r) {
+      float* __restrict out = product.out + r * product.out_stride;
+      const float* __restrict from = totals + r * width;
+      if (weight.group_size == -1) {
+        const float* scale = weight.scale + product.begin;
+        for (int64_t i = 0; i < count; ++i) out[i] = from[i] * rounded(scale[i], weight.round_scale);
+      } else {
+        const float scale = weight.group_size == 0 ? rounded(*weight.scale, weight.round_scale) : 1.0f;
+        for (int64_t i = 0; i < count; ++i) out[i] = from[i] * scale;
+      }
+      if (weight.bias) {
+        const float* __restrict bias = weight.bias + product.begin;
+        for (int64_t i = 0; i < count; ++i) out[i] += bias[i];
+      }
+    }
+  }
+};
+
+template <int WORDS, int DIGITS, bool REST>
+bool run(const PackedMatrix& weight, const uint8_t* repacked, const LevelTable& levels,
+         const Product& product) {
+  thread_local Buffer prepared, totals;
+  return Kernel<WORDS, DIGITS, REST>(weight, repacked, levels).run(product, prepared, totals);
+}
+
+}  // namespace
+
+bool multiply_int8(const PackedMatrix& weight, const uint8_t* repacked, Accuracy accuracy,
+                   const Product& product) {
+  const LevelTable levels(weight.levels, weight.bits, accuracy);
+  const bool high = accuracy == Accuracy::high;
+  const auto call = weight.bits == 1   ? (high ? run<1, 2, false> : run<1, 1, false>)
+                    : weight.bits == 2 ? (high ? run<2, 2, false> : run<2, 1, false>)
+                    : !high            ? run<4, 1, false>
+                    : levels.has_rest  ? run<4, 2, true>
+                                       : run<4, 2, false>;
+  return call(weight, repacked, levels, product);
+}
+
+}  // namespace blaq
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace blaq {
+
+bool processor_has_int8() {
+  return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+}
+
+bool has_int8(const PackedMatrix& weight, Accuracy accuracy) {
+  static const bool here = processor_has_int8();
+  const bool whole_words = weight.group_size <= 0 || weight.group_size % 32 == 0;
+  return here && capability() == Capability::avx512 && accuracy != Accuracy::exact && whole_words &&
+         weight.round_weight == Rounding::none &&
+         (weight.bits <= 2 || accuracy == Accuracy::fast ||
+          LevelTable(weight.levels, weight.bits, accuracy).exact);
+}
+
+}  // namespace blaq
+
+#else
+
+namespace blaq {
+
+bool processor_has_int8() { return false; }
+bool has_int8(const PackedMatrix&, Accuracy) { return false; }
+bool multiply_int8(const PackedMatrix&, const uint8_t*, Accuracy, const Product&) { return false; }
+
+}  // namespace blaq
+
+#endif

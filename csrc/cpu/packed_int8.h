@@ -1,0 +1,40 @@
+// A packed weight times rows of floats in 8-bit arithmetic: AVX-512 with VBMI and VNNI only. Faster than
+// packed_matmul.h and less exact; what it cannot do, that does.
+//
+// Both ways read the weight repacked: for 16 outputs and 32 inputs, `words` registers whose lanes have 8
+// digits of 4 bits each, as packed_matmul.h makes them. Integers accumulate over a segment of inputs that
+// share a unit, so a result depends on its row and its output alone.
+// - tables (1 and 2 bits): all 16 sums that the inputs of a digit can make, as integers; a look-up for 64
+//   bytes fetches from four tables at once.
+// - levels (3 and 4 bits): digits become levels, inputs integers, and they are multiplied.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/packed_matmul.h"
+
+namespace blaq {
+
+// high: numbers of 16 bits as two digits of 8, relative error below 4e-4. fast: 8 bits, below 1e-2.
+enum class Accuracy { exact, high, fast };
+
+// Registers for 16 outputs and 32 inputs.
+inline int words_of(int bits) { return bits <= 2 ? bits : 4; }
+inline int64_t repacked_bytes(int bits, int64_t n, int64_t k) {
+  return (n + 15) / 16 * (padded(k) / 32) * words_of(bits) * 64;
+}
+
+bool processor_has_int8();
+
+// Whether this processor and this weight have the way. High accuracy asks for levels that 8 bits hold.
+bool has_int8(const PackedMatrix& weight, Accuracy accuracy);
+
+// out[n / 16][k / 32][words][16 lanes] of 32 bits.
+void repack(const PackedMatrix& weight, uint8_t* out);
+
+// As multiply_rows; false where a row cannot be computed so (not finite, or too small), and nothing is
+// written then.
+bool multiply_int8(const PackedMatrix& weight, const uint8_t* repacked, Accuracy accuracy,
+                   const Product& product);
+
+}  // namespace blaq
