@@ -15,7 +15,8 @@ test: $(VENV)/ready
 $(VENV)/installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt setuptools torch numpy ninja pybind11 safetensors \
-		scikit-learn scipy matplotlib tqdm pytest pytest-benchmark hypothesis
+		scikit-learn scipy matplotlib tqdm pytest pytest-benchmark hypothesis \
+		$(if $(filter Linux,$(shell uname -s)),triton)
 	touch $@
 
 $(VENV)/ready: $(VENV)/installed pyproject.toml setup.py $(NATIVE)

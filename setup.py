@@ -27,7 +27,7 @@ extension = CppExtension(
 )
 
 setup(
-    packages=["blaq_kernels", *find_packages("python")],
+    packages=["blaq_kernels", "blaq_kernels.triton", *find_packages("python")],
     package_dir={"blaq_kernels": "blaq_kernels", "blaq": "python/blaq"},
     ext_modules=[extension],
     cmdclass={"build_ext": BuildExtension},

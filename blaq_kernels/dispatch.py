@@ -1,8 +1,15 @@
 """The one place that picks a backend for real tensors.
 
-``BLAQ_BACKEND=auto``, the default, loads the C++ kernels (``blaq_kernels._C``), which serve CPU
-tensors; ``reference`` keeps plain PyTorch everywhere. The reference also serves every device that
-has no kernel of its own. ``blaq env`` prints what :func:`serving` says.
+``BLAQ_BACKEND`` is one of
+
+* ``auto``, the default: C++ kernels (``blaq_kernels._C``) for CPU tensors, Triton kernels for CUDA
+  tensors, each where it is there;
+* ``triton``: the same, but an error where Triton is missing or too old;
+* ``cuda``: the same with CUDA C++ kernels, of which there are none yet, so an error;
+* ``reference``: plain PyTorch everywhere.
+
+The reference also serves every op and device that has no kernel of its own. ``blaq env`` prints what
+:func:`serving` says.
 """
 
 from __future__ import annotations
@@ -13,14 +20,14 @@ from types import ModuleType
 
 import torch
 
-from . import reference
+from . import reference, triton
 from .schemas import LIBRARY, SCHEMAS, with_checks
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "triton", "cuda", "reference")
 log = logging.getLogger("blaq")
 
 native: ModuleType | None = None
-_reason = ""
+_reasons: dict[str, str] = {}  # why a device's tensors go to the reference
 
 
 def requested_backend() -> str:
@@ -28,36 +35,59 @@ def requested_backend() -> str:
     name = os.environ.get("BLAQ_BACKEND", "auto")
     if name not in BACKENDS:
         raise ValueError(f"blaq: BLAQ_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "triton" and (why := triton.unavailable()):
+        raise RuntimeError(f"blaq: BLAQ_BACKEND=triton must find Triton "
+                           f"{'.'.join(map(str, triton.MINIMUM))} or newer, got: {why}")
+    if name == "cuda":
+        raise RuntimeError("blaq: BLAQ_BACKEND=cuda must find CUDA C++ kernels, got: this version "
+                           "has none; try triton or auto")
     return name
 
 
 def register() -> None:
-    """Register the reference for every device and, where wanted and built, the C++ kernels."""
+    """Register the reference for every device and, where wanted and there, the kernels."""
     for name in SCHEMAS:
         LIBRARY.impl(name, with_checks(name, getattr(reference, name)), "CompositeExplicitAutograd")
+    if requested_backend() == "reference":
+        _reasons.update(dict.fromkeys(("cpu", "cuda"), "BLAQ_BACKEND=reference"))
+        return
     _load_native()
+    _register_triton()
 
 
 def _load_native() -> None:
-    global native, _reason
-    if requested_backend() == "reference":
-        _reason = "BLAQ_BACKEND=reference"
-        return
+    global native
     try:
         from . import _C
     except ImportError as error:
-        _reason = f"blaq_kernels._C did not load: {error}"
-        log.info("blaq: plain PyTorch serves every op; %s", _reason)
+        _reasons["cpu"] = f"blaq_kernels._C did not load: {error}"
+        log.info("blaq: plain PyTorch serves every op on the CPU; %s", _reasons["cpu"])
         return
-    native, _reason = _C, "no C++ kernel"
+    native, _reasons["cpu"] = _C, "no C++ kernel"
 
 
-def serving() -> dict[str, str]:
-    """Which backend serves each op on CPU tensors, and why: what ``blaq env`` prints."""
+def _register_triton() -> None:
+    _reasons["cuda"] = triton.unavailable() or "no Triton kernel"
+    if triton.unavailable():
+        log.info("blaq: plain PyTorch serves every op on CUDA devices; %s", _reasons["cuda"])
+        return
+    for name in triton.OPS:
+        LIBRARY.impl(name, triton.function(name), "CUDA")
+
+
+def serving(device: str = "cpu") -> dict[str, str]:
+    """Which backend serves each op on tensors of a device, and why: what ``blaq env`` prints.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"blaq.serving: device must be 'cpu' or 'cuda', got {device!r}")
+
     def who(name: str) -> str:
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"blaq::{name}", "CPU"):
-            return f"C++ ({cpu_capability()})"
-        return f"reference ({_reason})"
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"blaq::{name}", device.upper()):
+            return f"C++ ({cpu_capability()})" if device == "cpu" else "Triton"
+        return f"reference ({_reasons[device]})"
 
     return {name: who(name) for name in SCHEMAS}
 
@@ -85,5 +115,5 @@ def set_cpu_capability(name: str) -> None:
         RuntimeError: the C++ kernels are not loaded.
     """
     if native is None:
-        raise RuntimeError(f"blaq.set_cpu_capability: the C++ kernels must be loaded, got: {_reason}")
+        raise RuntimeError(f"blaq.set_cpu_capability: the C++ kernels must be loaded, got: {_reasons['cpu']}")
     native.set_cpu_capability(name)

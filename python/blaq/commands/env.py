@@ -50,6 +50,7 @@ def collect() -> dict[str, Any]:
                 "accuracy": get_accuracy()},
         "cuda": _cuda(),
         "ops": blaq_kernels.serving(),
+        "cuda_ops": blaq_kernels.serving("cuda"),
         "data": {"BLAQ_DATA": os.environ.get("BLAQ_DATA"), "found": [
             name for name in DATA if (folder := default_folder(name)) and folder.is_dir()]},
         "extras": {extra: {package: _version(package) for package in packages}
@@ -89,8 +90,9 @@ def _lines(report: dict[str, Any]) -> list[str]:
     cuda = report["cuda"]
     lines.append("CUDA: none" if cuda is None else
                  f"CUDA {cuda['version']}: {', '.join(cuda['devices'])}")
-    lines += ["", "op, and what serves it on CPU tensors:"]
-    lines += [f"  {op:18}{backend}" for op, backend in report["ops"].items()]
+    for device, ops in (("CPU", "ops"), ("CUDA", "cuda_ops")):
+        lines += ["", f"op, and what serves it on {device} tensors:"]
+        lines += [f"  {op:18}{backend}" for op, backend in report[ops].items()]
     lines += ["", f"data: BLAQ_DATA is {data['BLAQ_DATA'] or 'not set'}"
               + (f", with {', '.join(data['found'])}" if data["found"] else "")]
     for extra, packages in report["extras"].items():

@@ -1,0 +1,42 @@
+"""One specialisation of a kernel, and what its machine code must keep to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """What ``python -m blaq_kernels.triton.contract`` compiles and counts.
+
+    Attributes:
+        name: one line of the table.
+        kernel: the ``triton.jit`` function.
+        types: type of every argument that is no constant, in Triton's words (``*fp32``, ``i64``);
+            None for an argument that is not given.
+        constants: value of every ``constexpr`` argument.
+        elements: elements that one program works on.
+        warps: warps of one program.
+        budget: most instructions an element, in lane instructions: those of a thread divided by the
+            elements of a thread.
+        trips: how often a loop's body counts; by nesting, innermost loops last.
+        wide_loads: whether 128-bit global loads must be there.
+        tensor_cores: whether HMMA or HGMMA must be there.
+        divisible: arguments that are multiples of 16; all pointers and integers, if not given.
+        stages: ``num_stages``.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str | None]
+    constants: Mapping[str, Any]
+    elements: int
+    warps: int
+    budget: float
+    trips: int = 1
+    wide_loads: bool = False
+    tensor_cores: bool = False
+    divisible: tuple[str, ...] | None = None
+    stages: int = field(default=1)

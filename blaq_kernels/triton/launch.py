@@ -1,0 +1,38 @@
+"""What every launch needs: a device that can run it, and that device as the current one."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+from torch import Tensor
+
+from ..schemas import require
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on tensors of the CPU."""
+    return triton.knobs.runtime.interpret
+
+
+def check_device(op: str, name: str, x: Tensor) -> None:
+    """Raise ValueError unless kernels can run where ``x`` is."""
+    if not (x.is_cuda or interpreted()):
+        require(False, op, name, "be on a CUDA device (or TRITON_INTERPRET=1 be set)", x.device)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of ``x`` current: Triton launches on the current device and stream."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def on_same_device(x: Tensor, device: torch.device) -> Tensor:
+    """A 0-dim tensor as kernels read it. One on the CPU is copied, without waiting: a captured graph
+    would then replay the copied value, so what a graph is to follow belongs on the device."""
+    return x if x.device == device else x.to(device, non_blocking=True)
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether every tensor begins where a 128-bit load may."""
+    return all(x.data_ptr() % 16 == 0 for x in tensors)

@@ -1,0 +1,71 @@
+"""Reads machine code: which instructions a compiled kernel has, and how often each runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton.backends.nvidia as nvidia
+
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    opcode: str  # with its modifiers: LDG.E.128
+    operands: str
+
+
+def disassemble(cubin: bytes) -> list[Instruction]:
+    """Instructions of the one kernel in ``cubin``, by the disassembler that Triton ships."""
+    return parse(_tool(cubin, "nvdisasm", "-c", "-hex"))
+
+
+def registers(cubin: bytes) -> int:
+    """Registers of one thread."""
+    return int(re.search(r"\bREG:(\d+)", _tool(cubin, "cuobjdump", "-res-usage"))[1])
+
+
+def _tool(cubin: bytes, name: str, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(nvidia.__file__).parent / "bin" / name
+        return subprocess.run([tool, *options, file.name], check=True, capture_output=True,
+                              text=True).stdout
+
+
+def parse(text: str) -> list[Instruction]:
+    """Instructions of a listing of ``nvdisasm -c -hex``; a label becomes the address that it marks."""
+    listing, labels, waiting = [], {}, []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x?\w+):", line):
+            waiting.append(label[1])
+        elif found := _INSTRUCTION.search(line):
+            address = int(found[1], 16)
+            labels |= dict.fromkeys(waiting, address)
+            waiting = []
+            listing.append((address, found[2], found[3]))
+    def with_addresses(operands: str) -> str:
+        return re.sub(r"`\((\.L\w+)\)", lambda m: hex(labels.get(m[1], 0)), operands)
+    code = [Instruction(a, op, with_addresses(rest).strip()) for a, op, rest in listing]
+    while code and code[-1].opcode in ("NOP", "BRA"):  # padding, and the trap that ends a kernel
+        code.pop()
+    return code
+
+
+def executed(code: list[Instruction], trips: int) -> int:
+    """Instructions that one thread runs, when every loop runs ``trips`` times and every branch is
+    taken: a bound from above for what lies in conditions."""
+    loops = []
+    for one in code:
+        if one.opcode.startswith("BRA") and (target := re.search(r"0x[0-9a-f]+$", one.operands)):
+            start = int(target[0], 16)
+            if start < one.address:
+                loops.append((start, one.address))
+    return sum(trips ** len({start for start, end in loops if start <= one.address <= end})
+               for one in code if one.opcode != "NOP")
