@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 MINIMUM = (3, 6)
-OPS = ("scaled_update", "blend")
+OPS = ("scaled_update", "blend", "solve", "fused_trial", "fused_step")
 
 
 def unavailable() -> str:

@@ -1,0 +1,120 @@
+"""Host side of the two step ops: what is checked, prepared and launched for a list of weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..schemas import require
+from . import launch
+from .long_groups import step_long_groups, write_long_groups
+from .plan import Part, parts, tables
+from .settle import Workspace, settle
+from .short_groups import step_short_groups
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One call of a step op, its arguments checked; ``lists`` in the order of the table's columns."""
+
+    lists: tuple[Sequence[Tensor], ...]
+    lr: Tensor
+    step: Tensor
+    backtrack: Tensor | None
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip: float
+    levels: tuple[float, ...]
+    group_size: int
+    max_iter: int
+    exact: bool
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    flips: Tensor | None = None
+
+    @property
+    def commits(self) -> bool:
+        return self.backtrack is not None
+
+    @property
+    def blends(self) -> bool:
+        return len(self.lists[2]) > 0
+
+    def hyper(self) -> tuple[Any, ...]:
+        """Arguments that every update kernel takes, from beta1 to clip."""
+        clip = self.clip if self.commits and self.clip > 0 else None
+        moments = [x for beta in self.betas
+                   for x in (beta, 1.0 - beta, math.log(beta) if beta > 0 else -math.inf)]
+        return (*moments, self.eps, self.weight_decay, clip)
+
+
+def run(op: str, stage: Stage) -> None:
+    """Launches the stage, part by part."""
+    params = stage.lists[0]
+    if not params:
+        return
+    _check_devices(op, stage)
+    device = params[0].device
+    here = [None if x is None else launch.on_same_device(x, device)
+            for x in (stage.lr, stage.step, stage.backtrack, stage.grad_scale, stage.found_inf)]
+    addresses = [[x.data_ptr() for x in tensors] for tensors in stage.lists]
+    weights = tuple(
+        (tuple(p.shape), p.dtype, all(column[i] % 16 == 0 for column in addresses[:6] if column))
+        for i, p in enumerate(params))
+    with launch.on_device_of(params[0]):
+        if stage.flips is not None:
+            stage.flips.zero_()
+        for part in parts(weights, stage.group_size):
+            table, programs = tables.get(part, device, addresses)
+            (_run_short if part.short else _run_long)(stage, part, table, programs, here)
+
+
+def _run_short(stage: Stage, part: Part, table: Tensor, programs: Tensor,
+               here: list[Tensor | None]) -> None:
+    step_short_groups[(programs.numel(),)](
+        table, programs, *here, stage.flips, *stage.hyper(), stage.max_iter, TYPES[part.dtype],
+        stage.commits, stage.blends, stage.levels, stage.exact, part.tile, part.widths,
+        part.aligned, num_warps=part.warps)
+
+
+def _run_long(stage: Stage, part: Part, table: Tensor, programs: Tensor,
+              here: list[Tensor | None]) -> None:
+    several = len(stage.levels) > 1
+    work = Workspace.of(part, table.device, several, not stage.commits,
+                        stage.flips is not None and several)
+    grid, dtype = (programs.numel(),), TYPES[part.dtype]
+    tile = {"TILE": part.tile, "ALIGNED": part.aligned, "num_warps": part.warps}
+    step_long_groups[grid](
+        table, programs, *here, stage.flips, *stage.hyper(), work.w, work.d, work.codes,
+        *work.sums(), dtype, stage.commits, stage.blends, stage.levels, stage.exact and several,
+        **tile)
+    if several:
+        settle(work, table, programs, stage.levels, stage.exact, stage.max_iter - 1, tile)
+    write_long_groups[grid](table, programs, here[-1], stage.flips, work.w, work.codes, work.states,
+                            dtype, stage.commits, stage.levels, **tile)
+
+
+def _check_devices(op: str, stage: Stage) -> None:
+    params = stage.lists[0]
+    launch.check_device(op, "params[0]", params[0])
+    device = params[0].device
+    for i, param in enumerate(params):
+        require(param.device == device, op, f"params[{i}]", f"be on params[0]'s device {device}",
+                param.device)
+    scalars = {"lr": stage.lr, "step": stage.step, "backtrack": stage.backtrack,
+               "grad_scale": stage.grad_scale, "found_inf": stage.found_inf}
+    for name, x in scalars.items():
+        ok = x is None or x.device == device or (x.device.type == "cpu" and x.dim() == 0)
+        require(ok, op, name, f"be on params[0]'s device {device}", x.device if not ok else None)
+    if stage.flips is not None:
+        require(stage.flips.device == device, op, "flips", f"be on params[0]'s device {device}",
+                stage.flips.device)
