@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from .contract_case import Case
 
 ARCHITECTURES = (80, 90, 100, 120)
-MODULES = ("scaled_update", "blend")
+MODULES = ("scaled_update", "blend", "contract_training")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def compile_case(case: Case, cc: int):
     from triton.compiler import ASTSource
 
     names = case.kernel.arg_names
-    constants = dict(case.constants) | {k: None for k, t in case.types.items() if t is None}
+    constants = dict(case.constants) | {k: None for k, t in case.types.items()
+                                        if t is None and k in names}
     types = {name: "constexpr" if name in constants else case.types[name] for name in names}
     divisible = case.divisible
     if divisible is None:

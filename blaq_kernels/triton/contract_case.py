@@ -21,7 +21,7 @@ class Case:
         warps: warps of one program.
         budget: most instructions an element, in lane instructions: those of a thread divided by the
             elements of a thread.
-        trips: how often a loop's body counts; by nesting, innermost loops last.
+        trips: how often the body of each loop counts, by where it begins; the last also for others.
         wide_loads: whether 128-bit global loads must be there.
         tensor_cores: whether HMMA or HGMMA must be there.
         divisible: arguments that are multiples of 16; all pointers and integers, if not given.
@@ -35,7 +35,7 @@ class Case:
     elements: int
     warps: int
     budget: float
-    trips: int = 1
+    trips: tuple[int, ...] = (1,)
     wide_loads: bool = False
     tensor_cores: bool = False
     divisible: tuple[str, ...] | None = None

@@ -94,13 +94,12 @@ def best_scale(bins, suffix, base, largest, mean, COPIES: tl.constexpr, LEVELS: 
     first = sum_above(suffix, lane * 0) * LEVELS[0]
     second = sum_above(suffix + BINS, lane * 0) * (LEVELS[0] * LEVELS[0])
     for j in tl.static_range(len(LEVELS) - 1):
-        low: tl.constexpr = LEVELS[j]
-        high: tl.constexpr = LEVELS[j + 1]
-        threshold = bits_of(alpha * ((low + high) / 2))
+        threshold = bits_of(alpha * ((LEVELS[j] + LEVELS[j + 1]) / 2))
         edge = ((threshold + HALF_BIN) >> BIN_SHIFT) - base
         edge = tl.minimum(tl.maximum(edge, 0), BINS)
-        first += (high - low) * sum_above(suffix, edge)
-        second += (high * high - low * low) * sum_above(suffix + BINS, edge)
+        first += (LEVELS[j + 1] - LEVELS[j]) * sum_above(suffix, edge)
+        second += (LEVELS[j + 1] * LEVELS[j + 1] - LEVELS[j] * LEVELS[j]) * sum_above(
+            suffix + BINS, edge)
     tried = (alpha > 0.0) & (alpha <= largest * (1.02 / reach(LEVELS))) & (second > 0.0)
     gain = tl.where(tried, first * (first / second), 0.0)
     best = tl.max(gain, 0)

@@ -59,7 +59,7 @@ def chunk_of(table, programs, TILE: tl.constexpr, ALIGNED: tl.constexpr):
     group, chunk = block // chunks, block % chunks
     per_row, row, length = number(entry, PER_ROW), tl.load(entry + ROW), tl.load(entry + LENGTH)
     offset = chunk.to(tl.int64) * TILE
-    start = first_element(group, length, per_row, row) + offset
+    start = first_element(group, length, per_row, row, ALIGNED) + offset
     size = tl.minimum(length, row - (group % per_row) * length) - offset
     size = tl.maximum(tl.minimum(size, TILE), 0).to(tl.int32)
     if ALIGNED:

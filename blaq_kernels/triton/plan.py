@@ -56,7 +56,7 @@ class Shape:
         n, k = matrix_shape(sizes)
         if group_size == 0:
             return cls(1, n * k, 1, n * k)
-        per_row = -(-k // group_size) if group_size > 0 else 1
+        per_row = max(1, -(-k // group_size)) if group_size > 0 else 1
         return cls(n * per_row, group_size if group_size > 0 else k, per_row, k)
 
     @property
@@ -171,6 +171,9 @@ def number(entry, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def first_element(group, length, per_row, row):
+def first_element(group, length, per_row, row, ALIGNED: tl.constexpr):
     """Where groups begin in a weight: more than 2³¹ elements are counted in 64 bits."""
-    return (group // per_row).to(tl.int64) * row + (group % per_row).to(tl.int64) * length
+    first = (group // per_row).to(tl.int64) * row + (group % per_row).to(tl.int64) * length
+    if ALIGNED:
+        first = tl.multiple_of(first, 8)  # here: a hint on the result of a call is lost
+    return first

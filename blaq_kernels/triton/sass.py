@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,14 +60,16 @@ def parse(text: str) -> list[Instruction]:
     return code
 
 
-def executed(code: list[Instruction], trips: int) -> int:
-    """Instructions that one thread runs, when every loop runs ``trips`` times and every branch is
-    taken: a bound from above for what lies in conditions."""
-    loops = []
+def executed(code: list[Instruction], trips: Sequence[int]) -> int:
+    """Instructions that one thread runs, if the loops, by where they begin, run ``trips`` times, what
+    is beyond the list as the last, and every branch is taken: a bound from above for conditions."""
+    ends: dict[int, int] = {}
     for one in code:
-        if one.opcode.startswith("BRA") and (target := re.search(r"0x[0-9a-f]+$", one.operands)):
+        if one.opcode.startswith("BRA") and (target := re.search(r"0x[0-9a-f]+", one.operands)):
             start = int(target[0], 16)
             if start < one.address:
-                loops.append((start, one.address))
-    return sum(trips ** len({start for start, end in loops if start <= one.address <= end})
+                ends[start] = max(one.address, ends.get(start, 0))
+    loops = [(start, ends[start], trips[min(i, len(trips) - 1)])
+             for i, start in enumerate(sorted(ends))]
+    return sum(math.prod(n for start, end, n in loops if start <= one.address <= end)
                for one in code if one.opcode != "NOP")

@@ -44,14 +44,18 @@ class Workspace:
         return self.partial, self.states, self.counters[0], self.counters[1]
 
 
+def copies_of(groups: int) -> int:
+    """Copies of each histogram, so that programs seldom add to one address at once."""
+    return next(n for n in (8, 4, 2, 1) if n == 1 or n * groups * BINS.value <= MOST_BINS)
+
+
 def settle(work: Workspace, table: Tensor, programs: Tensor, levels: tuple[float, ...], exact: bool,
            passes: int, tile: dict[str, Any]) -> None:
     """From the scales that a first pass left: ``passes`` alternations, or an exact search."""
     grid = (programs.numel(),)
     if exact:
         groups = work.counters.shape[1]
-        copies = max(1, min(8, MOST_BINS // (groups * BINS.value)))
-        copies = 1 << (copies.bit_length() - 1)
+        copies = copies_of(groups)
         device = table.device
         bins = torch.zeros(groups * copies * BINS.value, dtype=torch.int64, device=device)
         suffix = torch.empty(groups * 2 * BINS.value, dtype=torch.float64, device=device)

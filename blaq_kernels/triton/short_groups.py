@@ -40,11 +40,10 @@ def tile_of(entry, block, TILE: tl.constexpr, W: tl.constexpr, ALIGNED: tl.const
     R: tl.constexpr = TILE // W
     per_row, row, length = number(entry, PER_ROW), number(entry, ROW), number(entry, LENGTH)
     group = block * R + tl.arange(0, R)
-    start = first_element(block * R, length, per_row, row)
-    place = (first_element(group, length, per_row, row) - start).to(tl.int32)
+    start = first_element(block * R, length, per_row, row, ALIGNED)
+    place = (first_element(group, length, per_row, row, ALIGNED) - start).to(tl.int32)
     size = tl.minimum(length, row - group % per_row * length)
     if ALIGNED:
-        start = tl.multiple_of(start, 8)
         place, size = tl.multiple_of(place, 8), tl.multiple_of(size, 8)
     exists = group < number(entry, GROUPS)
     column = tl.arange(0, W)
@@ -78,17 +77,19 @@ def step_tile(entry, block, lr, step, backtrack, grad_factor, skips, flips, beta
     w, m, v, d = advance(g, trial, latent, m, v, lr, step, backtrack, beta1, one_minus_beta1,
                          log_beta1, beta2, one_minus_beta2, log_beta2, eps, weight_decay, clip,
                          BLENDS)
+    if COMMITS:  # now, so that no register holds the moments while the scale is sought
+        changes = mask
+        if skips is not None:
+            w = tl.where(everywhere(skips, w), latent, w)
+            changes, exists = mask & ~everywhere(skips, mask), exists & ~everywhere(skips, exists)
+        tl.store(exp_avgs + at, m, mask=changes)
+        tl.store(exp_avg_sqs + at, v, mask=changes)
+        tl.store(latents + at, w, mask=changes)
     d = tl.where(mask, floored(d), 0.0)
     scale = usable(scale_of_rows(tl.abs(w), d, old_scale, max_iter, LEVELS, EXACT))
     if COMMITS:
-        changes = mask
         if skips is not None:  # a trial may have overwritten the params: they are written anyhow
-            w = tl.where(everywhere(skips, w), latent, w)
             scale = tl.where(everywhere(skips, scale), old_scale, scale)
-            changes, exists = mask & ~everywhere(skips, mask), exists & ~everywhere(skips, exists)
-        tl.store(latents + at, w, mask=changes)
-        tl.store(exp_avgs + at, m, mask=changes)
-        tl.store(exp_avg_sqs + at, v, mask=changes)
         tl.store(scales, scale, mask=exists)
         if flips is not None:
             old, new = code_of(latent, old_scale[:, None], LEVELS), code_of(w, scale[:, None], LEVELS)

@@ -1,0 +1,101 @@
+"""Specialisations of the training kernels under contract: what lists of weights usually launch."""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from .contract_case import Case
+from .histogram import bin_histogram
+from .long_groups import code_long_groups, step_long_groups, sum_long_groups, write_long_groups
+from .plan import CHUNK, PER_WARP, TILE_LEAST
+from .short_groups import solve_short_groups, step_short_groups
+
+ALTERNATION = (5,)  # trips of the loop
+SEARCH = (200, 9, 1)  # scales that a search tries on weights without outliers; then nearer ones
+TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+BOOKS = {"1 bit": (1.0,), "2 bits": (0.5, 1.0), "pow2 4 bits": tuple(2.0 ** (i - 7) for i in range(8)),
+         "linear 4 bits": tuple(i / 7 for i in range(8))}
+TABLE = {"table": "*i64", "programs": "*i32"}
+SCALARS = {"lr": "*fp32", "step": "*fp32", "grad_scale": None, "found_inf": None}
+HYPER = dict.fromkeys(("beta1", "one_minus_beta1", "log_beta1", "beta2", "one_minus_beta2",
+                       "log_beta2", "eps", "weight_decay"), "fp32") | {"clip": None}
+STATE = {"sums": "*fp32", "states": "*fp32", "active": "*i32", "tickets": "*i32"}
+
+
+def contract() -> list[Case]:
+    return [*_short(), *_solves(), *_long()]
+
+
+def _stage(commits: bool) -> dict[str, str | None]:
+    return SCALARS | HYPER | {"backtrack": "*fp32" if commits else None,
+                              "flips": "*i64" if commits else None}
+
+
+def _short() -> list[Case]:
+    def case(what: str, book: str, width: int, budget: float, dtype: str = "fp32",
+             exact: bool = False) -> Case:
+        commits, tile = what == "fused_step", max(TILE_LEAST, width)
+        constants = {"DTYPE": TYPES[dtype], "COMMITS": commits, "BLENDS": commits,
+                     "LEVELS": BOOKS[book], "EXACT": exact, "TILE": tile, "WIDTHS": (width,),
+                     "ALIGNED": True}
+        return Case(f"{what}, groups of {width}, {book}, {dtype}{', exact' if exact else ''}",
+                    step_short_groups, TABLE | _stage(commits) | {"max_iter": "i32"}, constants,
+                    tile, tile // PER_WARP, budget, trips=SEARCH if exact else ALTERNATION,
+                    wide_loads=True)
+
+    return [case("fused_trial", "1 bit", 512, 100), case("fused_step", "1 bit", 512, 100),
+            case("fused_trial", "2 bits", 128, 150), case("fused_step", "2 bits", 128, 200),
+            case("fused_trial", "pow2 4 bits", 128, 200), case("fused_step", "pow2 4 bits", 128, 200),
+            case("fused_step", "pow2 4 bits", 128, 200, "bf16"),
+            case("fused_step", "pow2 4 bits", 1024, 200),
+            case("fused_step", "pow2 4 bits", 8192, 200),
+            case("fused_step", "linear 4 bits", 128, 400),
+            case("fused_step", "pow2 4 bits", 128, 6000, exact=True)]
+
+
+def _solves() -> list[Case]:
+    return [Case(f"solve, groups of 128, pow2 4 bits, {method}", solve_short_groups,
+                 TABLE | {"curvature": "*fp32", "codes": "*u8", "init": "*fp32", "max_iter": "i32"},
+                 {"LEVELS": BOOKS["pow2 4 bits"], "EXACT": method == "exact", "TILE": TILE_LEAST,
+                  "WIDTHS": (128,), "ALIGNED": True}, TILE_LEAST, TILE_LEAST // PER_WARP, budget,
+                 trips=trips, wide_loads=True)
+            for method, trips, budget in (("alternating", ALTERNATION, 120), ("exact", SEARCH, 4000))]
+
+
+def _long() -> list[Case]:
+    scratch = {"w_scratch": None, "d_scratch": "*fp32", "code_scratch": "*u8"}
+    tile = {"TILE": CHUNK, "ALIGNED": True}
+    found = []
+    for what, book, budget, exact in (("fused_trial", "1 bit", 80, False),
+                                      ("fused_step", "1 bit", 100, False),
+                                      ("fused_step", "pow2 4 bits", 120, False),
+                                      ("fused_step", "pow2 4 bits", 130, True)):
+        commits, several = what == "fused_step", book != "1 bit"
+        memory = {"w_scratch": None if commits else "*fp32", "d_scratch": "*fp32" if several else None,
+                  "code_scratch": "*u8" if several else None}
+        found.append(Case(
+            f"{what}, long, first pass, {book}, fp32{', exact' if exact else ''}", step_long_groups,
+            TABLE | _stage(commits) | memory | STATE,
+            {"DTYPE": tl.float32, "COMMITS": commits, "BLENDS": commits, "LEVELS": BOOKS[book],
+             "EXACT": exact} | tile, CHUNK, CHUNK // PER_WARP, budget, wide_loads=True))
+    levels = {"LEVELS": BOOKS["pow2 4 bits"]} | tile
+    curvature = {"w_scratch": None, "curvature": "*fp32"}
+    found += [
+        Case("long, alternation, pow2 4 bits", sum_long_groups,
+             TABLE | curvature | STATE | {"init": None}, {"FIRST": False, "EXACT": False} | levels,
+             CHUNK, CHUNK // PER_WARP, 60, wide_loads=True),
+        Case("long, histogram, pow2 4 bits", bin_histogram,
+             TABLE | curvature | {"states": "*fp32", "active": "*i32", "tickets": "*i32",
+                                  "bins": "*i64", "suffix": "*fp64"}, {"COPIES": 8} | levels, CHUNK,
+             CHUNK // PER_WARP, 240, wide_loads=True),
+        Case("long, codes, pow2 4 bits", code_long_groups,
+             TABLE | {"codes": "*u8", "states": "*fp32"}, levels, CHUNK, CHUNK // PER_WARP, 30,
+             wide_loads=True)]
+    for dtype in ("fp32", "bf16"):
+        found.append(Case(
+            f"fused_step, long, last pass, pow2 4 bits, {dtype}", write_long_groups,
+            TABLE | scratch | {"found_inf": None, "flips": "*i64", "states": "*fp32",
+                               "d_scratch": None},
+            {"DTYPE": TYPES[dtype], "COMMITS": True} | levels, CHUNK, CHUNK // PER_WARP, 50,
+            wide_loads=True))
+    return found
