@@ -4,7 +4,8 @@ E depends on α only through sums of d and d|w| over weights beyond each thresho
 64 bins an octave, gives it for every α at once. Bins hold Σd in 64-bit fixed point: integer addition has
 no order, so the same input gives the same bits. The unit is the largest d divided by 2^(61 - log2 n): no
 bin overflows, and what a weight's d loses is below 2^-30 of the largest even in a billion weights. A bin
-stands for weights at its middle; weights below 2^-32 of the largest count as zero.
+stands for weights at its middle, and weights below 2^-32 of the largest count as zero, so refits with
+true sums follow: many weights may be equal, as clipping makes them.
 """
 
 import triton
@@ -25,7 +26,6 @@ from .plan import FIRST_GROUP, LENGTH, number
 BIN_SHIFT = tl.constexpr(17)  # of a float's bits: 64 bins an octave
 HALF_BIN = tl.constexpr(1 << 16)
 BINS = tl.constexpr(2048)  # 32 octaves
-TRUST_FROM = tl.constexpr(1 << 16)  # elements, from which the bins alone are precise enough
 CLOSE = tl.constexpr(1 - 1e-9)  # of gains: nearer to 1, they are equal, and the larger scale counts
 
 
@@ -68,7 +68,6 @@ def bin_histogram(table, programs, w_scratch, curvature, states, active, tickets
         alpha = best_scale(own, suffix + group.to(tl.int64) * (2 * BINS), base, largest,
                            tl.load(state + ALPHA), COPIES, LEVELS)
         tl.store(state + ALPHA, alpha)
-        tl.store(active + group, (length < TRUST_FROM).to(tl.int32))
 
 
 @triton.jit

@@ -6,7 +6,7 @@ float64, so the same input gives the same bits, and moves the group's scale on. 
 1. ``step_long_groups``: update, and the sums at the last scale, which is the first alternation;
 2. ``sum_long_groups``, as often as the alternation may go on: programs of a group whose scale has
    settled end at once, so the number of launches needs no look at the device;
-   or, for the exact scale, ``histogram.py`` and, for groups that are not too long, two of these;
+   or, for the exact scale, ``histogram.py`` and two of these;
 3. ``write_long_groups``: params from latents and scales.
 
 Between them the curvature, and in a trial ω*, lie in scratch memory. With one level passes 1 and 3 are

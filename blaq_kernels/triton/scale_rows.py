@@ -6,7 +6,7 @@ The scale minimises ``½ Σ d (|w| - α β)²``, β the nearest levels (Eqs. 5 a
 import triton
 import triton.language as tl
 
-from .levels import INFINITY, nearest, reach
+from .levels import INFINITY, SCALE_TINY, nearest, reach
 
 TOLERANCE = tl.constexpr(1e-6)  # of α, ends the alternation
 DENSITY = tl.constexpr(64)  # candidates an octave
@@ -67,9 +67,10 @@ def search(a, d, LEVELS: tl.constexpr):
     STEP: tl.constexpr = 2.0 ** (1 / DENSITY)
     FINE_STEP: tl.constexpr = 2.0 ** (1 / (DENSITY * FINE))
     alpha = tl.sum(d * a, 1) / tl.sum(d, 1)
-    # Infinite and NaN weights have no best scale, and must not keep the loop going.
+    # Zeros, infinite and NaN weights have no best scale, and must not keep the loop going; nor must
+    # a scale so small that a step of the grid rounds to nothing.
     last = tl.max(a, 1) * (STEP / reach(LEVELS))
-    last = tl.where((last < INFINITY) & (alpha > 0.0), last, 0.0)
+    last = tl.where((last < INFINITY) & (alpha > SCALE_TINY), last, -1.0)
     least = tl.full(alpha.shape, INFINITY, tl.float32)
     center, best = alpha, alpha
     while tl.max((alpha <= last).to(tl.int32), 0) != 0:

@@ -22,7 +22,11 @@ def scaled_update_kernel(latent, grad, curvature, out, n, WIDE: tl.constexpr, BL
     w = tl.load(latent + at, mask=mask).to(WIDE)
     g = tl.load(grad + at, mask=mask).to(WIDE)
     d = tl.load(curvature + at, mask=mask, other=1.0).to(WIDE)
-    tl.store(out + at, (w - tl.div_rn(g, d)).to(out.dtype.element_ty), mask=mask)
+    if WIDE == tl.float32:
+        ratio = tl.div_rn(g, d)  # / would be the fast one
+    else:
+        ratio = g / d
+    tl.store(out + at, (w - ratio).to(out.dtype.element_ty), mask=mask)
 
 
 def scaled_update(latent: Tensor, grad: Tensor, curvature: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from .histogram import BINS, bin_histogram
 from .long_groups import STATES, sum_long_groups
 from .plan import Part
 
-REFITS = 2  # of an exact scale, in groups in which one weight on the wrong side counts
+REFITS = 2  # of an exact scale, by true sums where the histogram had bins
 MOST_BINS = 1 << 22  # of all groups and copies
 
 

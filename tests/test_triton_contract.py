@@ -1,0 +1,60 @@
+"""The contract in machine code: compiled here for GPUs that are not, in a process of its own, because
+this one may have Triton's interpreter."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from blaq_kernels import triton
+
+pytestmark = pytest.mark.skipif(bool(triton.unavailable()), reason=triton.unavailable())
+
+
+def contract(*options):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-m", "blaq_kernels.triton.contract", *options], env=env,
+                          capture_output=True, text=True)
+
+
+def test_every_kernel_keeps_its_contract_on_one_architecture():
+    done = contract("--cc", "90")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split("|") for line in done.stdout.splitlines()[2:]]
+    assert rows and all(row[-2].strip() == "yes" for row in rows)
+
+
+@pytest.mark.parametrize("cc", ["80", "100", "120"])
+def test_other_architectures_compile(cc):
+    done = contract("--cc", cc, "--only", "fused_step, groups of 128, pow2 4 bits, bf16")
+    assert done.returncode == 0 and re.search(rf"\| {cc} \|", done.stdout), done.stdout + done.stderr
+
+
+def test_a_broken_contract_is_reported():
+    code = ("from dataclasses import replace; from blaq_kernels.triton import contract, blend\n"
+            "case = replace(blend.contract()[0], budget=1.0, tensor_cores=True)\n"
+            "print(contract.measure(case, 80).faults())")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout
+    assert "no tensor-core instruction" in out and "instructions an element, budget 1" in out
+
+
+def test_instructions_in_loops_count_as_often_as_they_run():
+    pytest.importorskip("triton.backends.nvidia")
+    from blaq_kernels.triton import sass
+
+    listing = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   FADD R2, R2, R3 ;
+        /*0020*/              @!P0 BRA `(.L_x_1) ;
+        /*0030*/                   EXIT ;
+.L_x_2:
+        /*0040*/                   BRA `(.L_x_2);
+        /*0050*/                   NOP;
+"""
+    code = sass.parse(listing)
+    assert [one.opcode for one in code] == ["MOV", "FADD", "BRA", "EXIT"]
+    assert sass.executed(code, (1,)) == 4 and sass.executed(code, (10,)) == 22
