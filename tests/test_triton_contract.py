@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,14 @@ def test_every_kernel_keeps_its_contract_on_one_architecture():
 def test_other_architectures_compile(cc):
     done = contract("--cc", cc, "--only", "fused_step, groups of 128, pow2 4 bits, bf16")
     assert done.returncode == 0 and re.search(rf"\| {cc} \|", done.stdout), done.stdout + done.stderr
+
+
+def test_what_a_first_call_on_a_gpu_would_compile_compiles():
+    """From the arguments that ops really pass, by Triton's own rules of specialisation."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, Path(__file__).with_name("triton_offline.py")], env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "step_short_groups" in done.stdout, done.stderr
 
 
 def test_a_broken_contract_is_reported():

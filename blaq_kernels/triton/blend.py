@@ -16,7 +16,7 @@ WARPS = 4
 
 
 @triton.jit
-def blend_kernel(current, trial, out, n, a: "fp64", one_minus_a: "fp64", WIDE: tl.constexpr,
+def blend_kernel(current, trial, out, n, a: tl.float64, one_minus_a: tl.float64, WIDE: tl.constexpr,
                  BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n

@@ -17,6 +17,7 @@ BOOKS = {"1 bit": (1.0,), "2 bits": (0.5, 1.0), "pow2 4 bits": tuple(2.0 ** (i -
          "linear 4 bits": tuple(i / 7 for i in range(8))}
 TABLE = {"table": "*i64", "programs": "*i32"}
 SCALARS = {"lr": "*fp32", "step": "*fp32", "grad_scale": None, "found_inf": None}
+SCALER = {"grad_scale": "*fp32", "found_inf": "*fp32"}
 HYPER = dict.fromkeys(("beta1", "one_minus_beta1", "log_beta1", "beta2", "one_minus_beta2",
                        "log_beta2", "eps", "weight_decay"), "fp32") | {"clip": None}
 STATE = {"sums": "*fp32", "states": "*fp32", "active": "*i32", "tickets": "*i32"}
@@ -33,13 +34,14 @@ def _stage(commits: bool) -> dict[str, str | None]:
 
 def _short() -> list[Case]:
     def case(what: str, book: str, width: int, budget: float, dtype: str = "fp32",
-             exact: bool = False) -> Case:
+             exact: bool = False, others: tuple[int, ...] = (), scaler: bool = False) -> Case:
         commits, tile = what == "fused_step", max(TILE_LEAST, width)
+        also = "".join(f" and {n}" for n in others) + (", grad scaler" if scaler else "")
         constants = {"DTYPE": TYPES[dtype], "COMMITS": commits, "BLENDS": commits,
-                     "LEVELS": BOOKS[book], "EXACT": exact, "TILE": tile, "WIDTHS": (width,),
+                     "LEVELS": BOOKS[book], "EXACT": exact, "TILE": tile, "WIDTHS": (*others, width),
                      "ALIGNED": True}
-        return Case(f"{what}, groups of {width}, {book}, {dtype}{', exact' if exact else ''}",
-                    step_short_groups, TABLE | _stage(commits) | {"max_iter": "i32"}, constants,
+        return Case(f"{what}, groups of {width}{also}, {book}, {dtype}{', exact' if exact else ''}",
+                    step_short_groups, TABLE | _stage(commits) | {"max_iter": "i32"} | (SCALER if scaler else {}), constants,
                     tile, tile // PER_WARP, budget, trips=SEARCH if exact else ALTERNATION,
                     wide_loads=True)
 
@@ -49,6 +51,10 @@ def _short() -> list[Case]:
             case("fused_step", "pow2 4 bits", 128, 200, "bf16"),
             case("fused_step", "pow2 4 bits", 1024, 200),
             case("fused_step", "pow2 4 bits", 8192, 200),
+            # Several widths in one launch: the count is of all branches, of which a program takes one.
+            case("fused_step", "pow2 4 bits", 8192, 700, "bf16", others=(64, 512, 4096)),
+            case("fused_trial", "pow2 4 bits", 128, 200, "fp16", scaler=True),
+            case("fused_step", "pow2 4 bits", 128, 220, "fp16", scaler=True),
             case("fused_step", "linear 4 bits", 128, 400),
             case("fused_step", "pow2 4 bits", 128, 6000, exact=True)]
 
@@ -63,10 +69,10 @@ def _solves() -> list[Case]:
 
 
 def _long() -> list[Case]:
-    scratch = {"w_scratch": None, "d_scratch": "*fp32", "code_scratch": "*u8"}
     tile = {"TILE": CHUNK, "ALIGNED": True}
     found = []
     for what, book, budget, exact in (("fused_trial", "1 bit", 80, False),
+                                      ("fused_trial", "pow2 4 bits", 100, False),
                                       ("fused_step", "1 bit", 100, False),
                                       ("fused_step", "pow2 4 bits", 120, False),
                                       ("fused_step", "pow2 4 bits", 130, True)):
@@ -74,8 +80,8 @@ def _long() -> list[Case]:
         memory = {"w_scratch": None if commits else "*fp32", "d_scratch": "*fp32" if several else None,
                   "code_scratch": "*u8" if several else None}
         found.append(Case(
-            f"{what}, long, first pass, {book}, fp32{', exact' if exact else ''}", step_long_groups,
-            TABLE | _stage(commits) | memory | STATE,
+            f"{what}, long, first pass, {book}, fp32{', exact, grad scaler' if exact else ''}", step_long_groups,
+            TABLE | _stage(commits) | (SCALER if exact else {}) | memory | STATE,
             {"DTYPE": tl.float32, "COMMITS": commits, "BLENDS": commits, "LEVELS": BOOKS[book],
              "EXACT": exact} | tile, CHUNK, CHUNK // PER_WARP, budget, wide_loads=True))
     levels = {"LEVELS": BOOKS["pow2 4 bits"]} | tile
@@ -84,6 +90,12 @@ def _long() -> list[Case]:
         Case("long, alternation, pow2 4 bits", sum_long_groups,
              TABLE | curvature | STATE | {"init": None}, {"FIRST": False, "EXACT": False} | levels,
              CHUNK, CHUNK // PER_WARP, 60, wide_loads=True),
+        Case("long, first sums of a solve, pow2 4 bits", sum_long_groups,
+             TABLE | curvature | STATE | {"init": "*fp32"}, {"FIRST": True, "EXACT": False} | levels,
+             CHUNK, CHUNK // PER_WARP, 60, wide_loads=True),
+        Case("long, first sums of an exact solve, pow2 4 bits", sum_long_groups,
+             TABLE | curvature | STATE | {"init": None}, {"FIRST": True, "EXACT": True} | levels,
+             CHUNK, CHUNK // PER_WARP, 70, wide_loads=True),
         Case("long, histogram, pow2 4 bits", bin_histogram,
              TABLE | curvature | {"states": "*fp32", "active": "*i32", "tickets": "*i32",
                                   "bins": "*i64", "suffix": "*fp64"}, {"COPIES": 8} | levels, CHUNK,
@@ -91,11 +103,15 @@ def _long() -> list[Case]:
         Case("long, codes, pow2 4 bits", code_long_groups,
              TABLE | {"codes": "*u8", "states": "*fp32"}, levels, CHUNK, CHUNK // PER_WARP, 30,
              wide_loads=True)]
-    for dtype in ("fp32", "bf16"):
+    for what, dtype, scaler in (("fused_step", "fp32", None), ("fused_step", "bf16", "*fp32"),
+                                ("fused_trial", "bf16", "*fp32")):
+        commits = what == "fused_step"
         found.append(Case(
-            f"fused_step, long, last pass, pow2 4 bits, {dtype}", write_long_groups,
-            TABLE | scratch | {"found_inf": None, "flips": "*i64", "states": "*fp32",
-                               "d_scratch": None},
-            {"DTYPE": TYPES[dtype], "COMMITS": True} | levels, CHUNK, CHUNK // PER_WARP, 50,
+            f"{what}, long, last pass, pow2 4 bits, {dtype}{', grad scaler' if scaler else ''}",
+            write_long_groups,
+            TABLE | {"found_inf": scaler, "flips": "*i64" if commits else None, "states": "*fp32",
+                     "w_scratch": None if commits else "*fp32",
+                     "code_scratch": "*u8" if commits else None},
+            {"DTYPE": TYPES[dtype], "COMMITS": commits} | levels, CHUNK, CHUNK // PER_WARP, 50,
             wide_loads=True))
     return found

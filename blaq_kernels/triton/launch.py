@@ -28,9 +28,11 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
 
 
 def on_same_device(x: Tensor, device: torch.device) -> Tensor:
-    """A 0-dim tensor as kernels read it. One on the CPU is copied, without waiting: a captured graph
-    would then replay the copied value, so what a graph is to follow belongs on the device."""
-    return x if x.device == device else x.to(device, non_blocking=True)
+    """A 0-dim tensor as kernels read it. One on the CPU is written to the device without waiting for
+    it: a captured graph replays that value, so what a graph is to follow belongs on the device."""
+    if x.device == device:
+        return x
+    return torch.full((), x.item(), dtype=x.dtype, device=device)
 
 
 def aligned(*tensors: Tensor) -> bool:

@@ -120,10 +120,12 @@ def _part(dtype: torch.dtype, short: bool, aligned: bool, found: list[tuple[int,
 
 
 class Tables:
-    """Tables on the device, kept by what is in them; the least recently used go first."""
+    """Tables on the device, kept by what is in them; the least recently used go first. Those that a
+    CUDA graph captured stay: it reads them, and copies them anew, as often as it is replayed."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[object, tuple[Tensor, ...]] = OrderedDict()
+        self._kept: OrderedDict[object, tuple[object, ...]] = OrderedDict()
+        self._captured: list[tuple[object, ...]] = []
 
     def get(self, part: Part, device: torch.device,
             columns: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -139,17 +141,24 @@ class Tables:
         for c, column in enumerate(addresses):
             if column:
                 table[:, c] = column
-        tensors = _to_device(table, device), _to_device(part.programs, device)
-        self._kept[key] = (*tensors, part)  # the part too: its id must stay its own
+        (table, table_source), (programs, source) = (
+            _to_device(x, device) for x in (table, part.programs))
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured.append((table, programs, table_source, source))
+            return table, programs
+        self._kept[key] = (table, programs, part)  # the part too: its id must stay its own
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
-        return tensors
+        return table, programs
 
 
-def _to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """A copy, without waiting for the device: from pinned memory, which torch keeps until then."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def _to_device(values: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A copy, without waiting for the device, and the pinned memory that it comes from."""
+    source = torch.from_numpy(values)
+    if device.type != "cuda":
+        return source, source
+    source = source.pin_memory()
+    return source.to(device, non_blocking=True), source
 
 
 tables = Tables()

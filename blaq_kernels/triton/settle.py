@@ -25,7 +25,7 @@ class Workspace:
     codes: Tensor | None
     partial: Tensor  # [4, programs]: of each chunk
     states: Tensor  # [groups, STATES]
-    counters: Tensor  # [2, groups] int32, zero: active, tickets
+    counters: Tensor  # [2, groups, rounded up] int32, zero: active, tickets
 
     @classmethod
     def of(cls, part: Part, device: torch.device, keeps_d: bool, keeps_w: bool,
@@ -37,7 +37,7 @@ class Workspace:
                    scratch(keeps_codes, torch.uint8),
                    torch.empty(4 * len(part.programs), device=device),
                    torch.empty(part.groups * STATES.value, device=device),
-                   torch.zeros(2, part.groups, dtype=torch.int32, device=device))
+                   torch.zeros(2, -(-part.groups // 4) * 4, dtype=torch.int32, device=device))
 
     def sums(self) -> tuple[Tensor, ...]:
         """Arguments of every kernel that moves a scale."""
