@@ -481,6 +481,28 @@ def test_tables_are_kept_by_their_addresses():
     assert kept < len(plan.tables._kept) <= 2 * kept <= plan.KEPT
 
 
+def test_a_known_list_is_still_checked_for_what_may_have_changed():
+    levels = [0.5, 1.0]
+    state = make_state(levels, -1, torch.float32, [(3, 10), (4,)])
+    arguments = state | tail(levels, -1) | {"backtrack": torch.tensor(0.6)}
+    flips = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    for _ in range(2):
+        fused_step(**arguments, flips=flips)
+    short = {"grads": [state["grads"][0], state["grads"][1][:3]]}
+    cases = [({"backtrack": torch.tensor(1.5)}, {}), ({"lr": scalar([1.0])}, {}),
+             ({"levels": [1.0, 0.5]}, {}), ({"group_size": 0}, {}), ({}, short),
+             ({}, {"exp_avgs": state["latents"]}), ({}, {"flips": flips[:1]})]
+    for change, lists in cases:
+        with pytest.raises(ValueError, match="blaq.fused_step: .* must"):
+            fused_step(**({"flips": flips} | arguments | change | lists))
+    trial_free = arguments | {"trial_grads": [], "backtrack": torch.tensor(1.0)}
+    for _ in range(2):
+        fused_step(**trial_free)
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="trial_grads must be given where backtrack < 1"):
+            fused_step(**(trial_free | {"backtrack": torch.tensor(0.5)}))
+
+
 def test_copies_of_a_histogram_stay_within_their_memory():
     assert settle.BINS.value * settle.copies_of(1) <= settle.MOST_BINS
     assert settle.copies_of(10**6) == 1 and settle.copies_of(1) == 8

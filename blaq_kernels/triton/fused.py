@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..schemas import require
 from . import launch
 from .long_groups import step_long_groups, write_long_groups
-from .plan import Part, parts, tables
+from .plan import KEPT, Part, parts, tables
 from .settle import Workspace, settle
 from .short_groups import step_short_groups
 
@@ -55,6 +56,30 @@ class Stage:
         moments = [x for beta in self.betas
                    for x in (beta, 1.0 - beta, math.log(beta) if beta > 0 else -math.inf)]
         return (*moments, self.eps, self.weight_decay, clip)
+
+
+_passed: OrderedDict[object, None] = OrderedDict()  # lists that have passed their rules
+
+
+def check(op: str, rules: Callable[..., None], lists: Sequence[Sequence[Tensor]],
+          rest: Sequence[Any], group_size: int, flips: Tensor | None = None) -> None:
+    """Raises what ``rules(*lists, *rest, [flips])`` raises. Lists that have passed are known by
+    addresses, layouts and dtypes, which is all that the rules look at, and then only the first tensor
+    of each is looked at again: for 161 weights the rules take most of a call."""
+    key = (op, group_size, tuple(_facts(tensors) for tensors in lists),
+           None if flips is None else _facts([flips]))
+    known = key in _passed
+    if known:
+        lists, flips = [tensors[:1] for tensors in lists], None
+    rules(*lists, *rest, *(() if op == "fused_trial" else (flips,)))
+    _passed[key] = None
+    _passed.move_to_end(key)
+    if len(_passed) > KEPT:
+        _passed.popitem(last=False)
+
+
+def _facts(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    return tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors)
 
 
 def run(op: str, stage: Stage) -> None:
