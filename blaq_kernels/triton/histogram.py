@@ -96,9 +96,9 @@ def best_scale(bins, suffix, base, largest, mean, COPIES: tl.constexpr, LEVELS: 
         threshold = bits_of(alpha * ((LEVELS[j] + LEVELS[j + 1]) / 2))
         edge = ((threshold + HALF_BIN) >> BIN_SHIFT) - base
         edge = tl.minimum(tl.maximum(edge, 0), BINS)
-        first += (LEVELS[j + 1] - LEVELS[j]) * sum_above(suffix, edge)
-        second += (LEVELS[j + 1] * LEVELS[j + 1] - LEVELS[j] * LEVELS[j]) * sum_above(
-            suffix + BINS, edge)
+        first += sum_above(suffix, edge) * (LEVELS[j + 1] - LEVELS[j])
+        second += sum_above(suffix + BINS, edge) * (
+            LEVELS[j + 1] * LEVELS[j + 1] - LEVELS[j] * LEVELS[j])
     tried = (alpha > 0.0) & (alpha <= largest * (1.02 / reach(LEVELS))) & (second > 0.0)
     gain = tl.where(tried, first * (first / second), 0.0)
     best = tl.max(gain, 0)

@@ -121,7 +121,7 @@ def move_scale(a, d, alpha, group, chunk, chunks, sums, states, active, tickets,
         refit = tl.where(second > 0.0, (first / second).to(tl.float32), alpha * 0.5)
         state = states + group * STATES
         tl.store(state + ALPHA, refit)
-        tl.store(active + group, (tl.abs(refit - alpha) > TOLERANCE * alpha).to(tl.int32))
+        tl.store(active + group, (tl.abs(refit - alpha) > alpha * TOLERANCE).to(tl.int32))
         tl.store(tickets + group, 0)
         if MEASURES:
             tl.store(state + LARGEST, largest_of(mine + 2 * programs, chunks))

@@ -39,7 +39,7 @@ def alternate(a, d, init, max_iter, LEVELS: tl.constexpr):
         first, second = tl.sum(weighted * a, 1), tl.sum(weighted * beta, 1)
         # Every weight on a zero level: α has no say in E; smaller is where E can fall.
         refit = tl.where(second > 0.0, first / second, alpha * 0.5)
-        moved = tl.abs(refit - alpha) > TOLERANCE * alpha
+        moved = tl.abs(refit - alpha) > alpha * TOLERANCE
         alpha = tl.where(running != 0, refit, alpha)
         running = running & moved.to(tl.int32)
         left = tl.where(tl.max(running, 0) != 0, left - 1, 0)
