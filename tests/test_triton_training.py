@@ -427,6 +427,11 @@ def test_the_table_counts_more_elements_than_32_bits_hold():
     assert len(part.programs) == 2 * -(-25 * 10**8 // plan.CHUNK)
 
 
+def test_more_groups_than_32_bits_count_are_an_error():
+    with pytest.raises(ValueError, match="group_size must leave less than 2.31 groups in a list, got"):
+        plan.parts((((70_000, 70_000), torch.float32, True),), 2)
+
+
 def test_bad_arguments_have_the_words_of_the_other_kernels():
     levels = [0.5, 1.0]
     state = make_state(levels, -1, torch.float32, [(3, 10), (4,)])
@@ -493,7 +498,7 @@ def test_a_known_list_is_still_checked_for_what_may_have_changed():
              ({"levels": [1.0, 0.5]}, {}), ({"group_size": 0}, {}), ({}, short),
              ({}, {"exp_avgs": state["latents"]}), ({}, {"flips": flips[:1]})]
     for change, lists in cases:
-        with pytest.raises(ValueError, match="blaq.fused_step: .* must"):
+        with pytest.raises(ValueError, match=r"blaq\.fused_step: .* must"):
             fused_step(**({"flips": flips} | arguments | change | lists))
     trial_free = arguments | {"trial_grads": [], "backtrack": torch.tensor(1.0)}
     for _ in range(2):

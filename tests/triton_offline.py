@@ -1,5 +1,5 @@
-"""Calls every training op with Triton's own compiler for a GPU that is not here: what a first call there
-would compile, from the arguments that the op really passes. Nothing is launched. A process of its own."""
+"""Calls every training op with Triton's own compiler for a GPU that is not here: what a first call
+there would compile, from the arguments that the op really passes. Nothing is launched."""
 
 import torch
 import triton

@@ -89,7 +89,7 @@ def best_scale(bins, suffix, base, largest, mean, COPIES: tl.constexpr, LEVELS: 
     tl.store(suffix + lane, tl.cumsum(d * middle, 0, reverse=True))
     tl.store(suffix + BINS + lane, tl.cumsum(d, 0, reverse=True))
     tl.debug_barrier()
-    alpha = float_of((((bits_of(mean * 0.5) >> BIN_SHIFT) + lane) << BIN_SHIFT))
+    alpha = float_of(((bits_of(mean * 0.5) >> BIN_SHIFT) + lane) << BIN_SHIFT)
     first = sum_above(suffix, lane * 0) * LEVELS[0]
     second = sum_above(suffix + BINS, lane * 0) * (LEVELS[0] * LEVELS[0])
     for j in tl.static_range(len(LEVELS) - 1):

@@ -114,6 +114,8 @@ def _part(dtype: torch.dtype, short: bool, aligned: bool, found: list[tuple[int,
                               group, element, index)
         block, group, element = block + count, group + shape.groups, element + shape.size
         counts.append(count)
+    if max(block, group) >= 2**31:  # what `number` holds; elements are counted in 64 bits
+        raise ValueError(f"blaq: group_size must leave less than 2^31 groups in a list, got {group}")
     return Part(dtype, short, aligned, indices, table,
                 np.repeat(np.arange(len(shapes), dtype=np.int32), counts), tile, widths, group,
                 element)
