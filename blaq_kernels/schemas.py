@@ -386,7 +386,7 @@ def conv_output_size(size: Sequence[int], kernel_size: Sequence[int], stride: Se
     return out[0], out[1]
 
 
-def _memory_format(input: Tensor) -> torch.memory_format:
+def memory_format(input: Tensor) -> torch.memory_format:
     """A convolution answers in its input's layout, as torch's own do."""
     if input.is_contiguous():
         return torch.contiguous_format
@@ -420,7 +420,7 @@ def _fake_conv2d(input, qweight, scale, bias, levels, group_size, kernel_size, s
                  dilation, groups):
     size = conv_output_size(input.shape[2:], kernel_size, stride, padding, dilation)
     return torch.empty((input.shape[0], qweight.shape[1], *size), dtype=input.dtype,
-                       device=input.device, memory_format=_memory_format(input))
+                       device=input.device, memory_format=memory_format(input))
 
 
 FAKES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {

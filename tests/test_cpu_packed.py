@@ -8,7 +8,7 @@ import torch
 import blaq_kernels
 from blaq_kernels import reference as ref
 from blaq_kernels.codebook import levels_of
-from blaq_kernels.schemas import _memory_format
+from blaq_kernels.schemas import memory_format
 
 pytestmark = pytest.mark.skipif(not blaq_kernels.cpu_capabilities(), reason="needs blaq_kernels._C")
 
@@ -344,7 +344,7 @@ def test_packed_conv2d(book, group_size, layout):
         args = conv_arguments(conv, BOOKS[book], group_size, layout=layout)
         actual = torch.ops.blaq.packed_conv2d(*args)
         assert_within_budget(actual, ref.packed_conv2d(*args), exact_conv2d(*args))
-        assert actual.is_contiguous(memory_format=_memory_format(args[0]))
+        assert actual.is_contiguous(memory_format=memory_format(args[0]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -356,7 +356,7 @@ def test_packed_conv2d_of_every_dtype(book, dtype, layout):
         actual, exact = torch.ops.blaq.packed_conv2d(*args), exact_conv2d(*args)
         assert_within_budget(actual, ref.packed_conv2d(*args), exact)
         assert_rounded_once(actual, exact)
-        assert actual.is_contiguous(memory_format=_memory_format(args[0]))
+        assert actual.is_contiguous(memory_format=memory_format(args[0]))
 
 
 @pytest.mark.parametrize("conv", [CONVS[0], CONVS[1], CONVS[5]], ids=str)

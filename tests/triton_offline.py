@@ -21,6 +21,7 @@ def compile_only(self, *args, grid, warmup, **kwargs):
     if key not in compiled:
         compiled[key] = triton.compile(ASTSource(self, signature, constants, attrs),
                                        target=TARGET, options=options.__dict__)
+        assert compiled[key].metadata.shared <= 227 << 10, key  # of a multiprocessor's memory
 
 
 JITFunction.run = compile_only
@@ -28,10 +29,15 @@ JITFunction.run = compile_only
 import blaq_kernels  # noqa: E402
 from blaq_kernels.triton import launch  # noqa: E402
 from blaq_kernels.triton.blend import blend  # noqa: E402
+from blaq_kernels.triton.fake_quantize import fake_quantize  # noqa: E402
 from blaq_kernels.triton.fused_step import fused_step  # noqa: E402
 from blaq_kernels.triton.fused_trial import fused_trial  # noqa: E402
+from blaq_kernels.triton.pack import pack  # noqa: E402
+from blaq_kernels.triton.packed_conv2d import packed_conv2d  # noqa: E402
+from blaq_kernels.triton.packed_linear import packed_linear  # noqa: E402
 from blaq_kernels.triton.scaled_update import scaled_update  # noqa: E402
 from blaq_kernels.triton.solve import solve  # noqa: E402
+from blaq_kernels.triton.unpack import unpack  # noqa: E402
 
 launch.interpreted = lambda: True  # tensors of the CPU will do: only their types count
 
@@ -66,6 +72,29 @@ for dtype in (torch.float32, torch.float64):
     x = torch.rand(10, dtype=dtype)
     scaled_update(x, x, x)
     blend(x, x, 0.5)
+
+
+def packed(m, n, k, levels, group_size, dtype):
+    bits = blaq_kernels.reference.bits_of(levels)
+    qweight = pack(torch.zeros(n, k, dtype=torch.uint8), bits)
+    scale = torch.ones(blaq_kernels.reference.scale_shape((n, k), group_size))
+    unpack(qweight, scale, levels, group_size, k, dtype)
+    fake_quantize(torch.zeros(n, k, dtype=dtype), scale, levels, group_size)
+    packed_linear(torch.zeros(m, k, dtype=dtype), qweight, scale, torch.zeros(n, dtype=dtype), levels,
+                  group_size)
+    if k % 9 == 0:
+        packed_conv2d(torch.zeros(1, k // 9, 7, 7, dtype=dtype), qweight, scale, None, levels,
+                      group_size, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+
+
+packed(1, 1, 1, [1.0], 0, torch.bfloat16)
+packed(3, 37, 203, pow2, -1, torch.float32)
+packed(1, 256, 576, pow2, 0, torch.float16)
+for m in (40, 200, 1000):
+    packed(m, 256, 2048, pow2, -1, torch.bfloat16)
+    packed(m, 256, 2048, [0.2, 0.6, 1.0], 32, torch.bfloat16)
+packed(200, 256, 2052, zero, 5, torch.float16)
+packed(1, 256, 2048, pow2, 128, torch.bfloat16)
 assert any("blend_kernel" in key and "'a': 'fp64'" in key for key in compiled)
 names = sorted({key.split()[0] for key in compiled})
 print(len(compiled), *names)

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 MINIMUM = (3, 6)
-OPS = ("scaled_update", "blend", "solve", "fused_trial", "fused_step")
+OPS = ("scaled_update", "blend", "solve", "fused_trial", "fused_step", "fake_quantize", "pack", "unpack",
+       "packed_linear", "packed_conv2d")
 
 
 def unavailable() -> str:

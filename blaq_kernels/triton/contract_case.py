@@ -26,6 +26,7 @@ class Case:
         tensor_cores: whether HMMA or HGMMA must be there.
         divisible: arguments that are multiples of 16; all pointers and integers, if not given.
         stages: ``num_stages``.
+        architectures: compute capabilities that it is launched on.
     """
 
     name: str
@@ -40,3 +41,4 @@ class Case:
     tensor_cores: bool = False
     divisible: tuple[str, ...] | None = None
     stages: int = field(default=1)
+    architectures: tuple[int, ...] = (80, 90, 100, 120)

@@ -54,10 +54,12 @@ def parse(text: str) -> list[Instruction]:
             listing.append((address, found[2], found[3]))
     def with_addresses(operands: str) -> str:
         return re.sub(r"`\((\.L\w+)\)", lambda m: hex(labels.get(m[1], 0)), operands)
-    code = [Instruction(a, op, with_addresses(rest).strip()) for a, op, rest in listing]
-    while code and code[-1].opcode in ("NOP", "BRA"):  # padding, and the trap that ends a kernel
-        code.pop()
-    return code
+    # Scheduling hints follow the operands on newer architectures.
+    code = [Instruction(a, op, re.sub(r"\s+[&?]\S+", "", with_addresses(rest)).strip())
+            for a, op, rest in listing]
+    # Beyond the last EXIT are padding, a trap, and blocks that only repeat a wait.
+    ends = [i for i, one in enumerate(code) if one.opcode == "EXIT"]
+    return code[:ends[-1] + 1] if ends else code
 
 
 def executed(code: list[Instruction], trips: Sequence[int]) -> int:

@@ -1,0 +1,151 @@
+"""torch.ops.blaq.packed_linear: input @ weightᵀ + bias, the weight read from its bit planes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from ..codebook import bits_of
+from ..schemas import check_packed_linear
+from . import launch
+from .decode import POWERS, TABLE, is_exact, kind_of
+from .contract_case import Case
+from .linear_plans import BLACKWELL, DECODE, HOPPER, OTHERS, Plan, plan_for, target_of
+from .packed_matmul import (CHECKED, ROW, SUM_BLOCK, TILE, WEIGHT, interleave_kernel,
+                            packed_matmul_kernel, sum_splits_kernel)
+from .unpack import unpack_weight
+
+
+def packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                  levels: Sequence[float], group_size: int, repacked: Tensor | None = None,
+                  accuracy: str = "high") -> Tensor:
+    """``input @ weight.T + bias`` with ``weight = round(level × scale)`` to the input's dtype.
+
+    Args:
+        input: ``[..., K]`` float32, bfloat16, float16 or float64, any layout.
+        qweight: uint8 ``[bits, N, ceil(K/8)]``, contiguous (docs/format.md).
+        scale: float32 (float64 for float64 input) ``[1]``, ``[N, 1]`` or ``[N, ceil(K/g)]``.
+        bias: ``[N]`` of the input's dtype, or None.
+        repacked, accuracy: for CPU kernels; every GPU kernel is exact.
+
+    Returns:
+        ``[..., N]`` of the input's dtype: sums in float32, rounded once.
+
+    Raises:
+        ValueError: an argument breaks a rule; the message names it.
+    """
+    key = (_facts(input), _facts(qweight), _facts(scale), None if bias is None else _facts(bias),
+           tuple(levels), group_size, None if repacked is None else _facts(repacked), accuracy)
+    if key not in _plans:
+        check_packed_linear(input, qweight, scale, bias, levels, group_size, repacked, accuracy)
+        launch.check_device("packed_linear", "input", input)
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        k, n = input.shape[-1], qweight.shape[1]
+        _plans[key] = plan_for(math.prod(input.shape[:-1]), n, k, group_size, input.dtype,
+                               kind_of(levels) != TABLE, target_of(input))
+    plan, k, n = _plans[key], input.shape[-1], qweight.shape[1]
+    out = input.new_empty((*input.shape[:-1], n))
+    if out.numel() == 0:
+        return out
+    with launch.on_device_of(input):
+        if plan is None:
+            weight = unpack_weight(qweight, scale, levels, group_size, k, input.dtype)
+            return torch.nn.functional.linear(input, weight, bias)
+        matmul(input.reshape(out.numel() // n, k), qweight, scale, bias, tuple(levels), group_size, out,
+               plan)
+    return out
+
+
+MOST_PLANS = 4096
+_plans: dict[object, Plan | None] = {}  # of calls whose arguments have passed the rules
+
+
+def _facts(x: Tensor) -> tuple[object, ...]:
+    """All that the rules and the plan look at: the same facts need no second look, which would take
+    longer than the launch."""
+    return x.shape, x.stride(), x.dtype, x.device
+
+
+@functools.cache
+def scale_mode(levels: tuple[float, ...], group_size: int, dtype: torch.dtype, plan: Plan) -> str:
+    """When the scales come in."""
+    exact = is_exact(levels, dtype)
+    if group_size > 0:
+        by_tile = exact and plan.sums_by_tile and group_size % (8 * plan.bytes) == 0
+        return TILE if by_tile else WEIGHT
+    if exact:
+        return ROW
+    return CHECKED if kind_of(levels) == POWERS else WEIGHT
+
+
+def matmul(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+           levels: tuple[float, ...], group_size: int, out: Tensor, plan: Plan) -> None:
+    """``x`` ``[m, k]`` times the weight, into ``out`` ``[m, n]``, contiguous."""
+    (m, k), n, row_bytes = x.shape, qweight.shape[1], qweight.shape[2]
+    if x.stride(1) != 1 and k > 1:
+        x = x.contiguous()
+    tile = 8 * plan.bytes
+    tiles = triton.cdiv(k, tile)
+    if plan.interleaved:
+        x = interleave(x, tiles * tile, plan.bytes)
+    kind = kind_of(levels)
+    bits = bits_of(levels)
+    grouped = 0 if group_size <= 0 else 1 if group_size % 8 == 0 else 2
+    target = out if plan.splits == 1 else out.new_empty((plan.splits, m, n), dtype=torch.float32)
+    grid = (triton.cdiv(n, plan.rows), triton.cdiv(m, plan.cols), plan.splits)
+    packed_matmul_kernel[grid](
+        x, qweight, scale, bias if plan.splits == 1 else None, target, m, n, k, row_bytes,
+        n * row_bytes, x.stride(0), 0 if group_size == 0 else scale.shape[1], max(group_size, 1), tiles,
+        triton.cdiv(tiles, plan.splits), kind, levels if kind == TABLE else (), bits,
+        scale_mode(levels, group_size, x.dtype, plan), 2.0 ** (1 - 2 ** (bits - 1)), grouped,
+        plan.interleaved, k % tile == 0, plan.cols, plan.rows, plan.bytes,
+        1 if grouped == 2 else plan.stages,  # scales of every bit in flight would fill shared memory
+        num_warps=plan.warps)
+    if plan.splits > 1:
+        sum_splits_kernel[(triton.cdiv(m * n, SUM_BLOCK),)](
+            target, bias, out, n, 1, m * n, plan.splits, SUM_BLOCK, num_warps=4)
+
+
+def interleave(x: Tensor, width: int, bytes_: int) -> Tensor:
+    """``x`` with every tile of k in the order in which bit positions meet it, padded to ``width``."""
+    (m, k), rows = x.shape, 16
+    out = x.new_empty((m, width))
+    interleave_kernel[(triton.cdiv(m, rows), width // (8 * bytes_))](
+        x, out, m, k, x.stride(0), width, bytes_, rows, num_warps=4)
+    return out
+
+
+def contract() -> list[Case]:
+    trips = 16
+    types = dict.fromkeys(("m", "n", "k", "row_bytes", "plane_stride", "x_stride", "scale_stride",
+                           "group_size", "tiles", "tiles_per_split"), "i32")
+
+    def case(name: str, plan: Plan, dtype: str, bits: int, mode: str, budget: float,
+             architectures: tuple[int, ...]) -> Case:
+        pointers = {"x": f"*{dtype}", "planes": "*u8", "scale": "*fp32", "bias": f"*{dtype}",
+                    "out": f"*{dtype}"}
+        return Case(
+            f"packed_linear {name} {dtype} W{bits} {mode}", packed_matmul_kernel, types | pointers,
+            {"KIND": POWERS, "LEVELS": (), "BITS": bits, "SCALE": mode,
+             "LOWEST": 2.0 ** (1 - 2 ** (bits - 1)), "GROUPED": int(mode == TILE),
+             "INTERLEAVED": plan.interleaved, "EVEN": True, "BM": plan.cols, "BN": plan.rows,
+             "BYTES": plan.bytes, "STAGES": plan.stages},
+            plan.rows * 8 * plan.bytes * trips, plan.warps, budget, (trips,), wide_loads=True,
+            tensor_cores=True, architectures=architectures,
+            divisible=(*pointers, "n", "k", "row_bytes", "plane_stride", "x_stride"))
+
+    plans = [("decode", DECODE, (80, 90, 100, 120)),
+             *((f"m<={most}", plan, (90,)) for most, plan in HOPPER),
+             *((f"m<={most}", plan, (80, 120)) for most, plan in OTHERS),
+             *((f"m<={most}", plan, (100,)) for most, plan in BLACKWELL)]
+    main = (("bf16", 1, ROW, 6.0), ("bf16", 4, ROW, 9.0), ("fp16", 2, WEIGHT, 9.0))
+    more = (("bf16", 2, ROW, 6.0), ("bf16", 4, TILE, 9.0), ("fp16", 2, ROW, 7.0))
+    return [case(name, plan, dtype, bits, mode, budget, architectures)
+            for name, plan, architectures in plans
+            for dtype, bits, mode, budget in (main + more if plan is DECODE else main)]
