@@ -1,0 +1,49 @@
+"""One small case of every kernel, for compute-sanitizer: odd sizes, so that every edge is met."""
+
+from __future__ import annotations
+
+import torch
+
+from blaq_kernels.codebook import levels_of
+
+HYPER = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "clip": 1.0, "max_iter": 3}
+
+
+def main() -> None:
+    ops, levels = torch.ops.blaq, levels_of("pow2", 2)
+    torch.manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape, device="cuda").to(dtype)
+
+    latent, curvature = normal(33, 210), normal(33, 210).abs() + 0.1
+    ops.scaled_update(latent, latent, curvature)
+    ops.blend(latent, curvature, 0.6)
+    for group_size in (0, -1, 32):
+        for method in ("alternating", "exact"):
+            codes, scale = ops.solve(latent, curvature, None, levels, group_size, 3, method)
+        qweight = ops.pack(codes, 2)
+        ops.fake_quantize(latent, scale, levels, group_size)
+        ops.unpack(qweight, scale, levels, group_size, 210, torch.bfloat16)
+        for m in (1, 40, 200, 2000):
+            x, bias = normal(m, 210, dtype=torch.bfloat16), normal(33, dtype=torch.bfloat16)
+            ops.packed_linear(x, qweight, scale, bias, levels, group_size)
+        lists = {"params": [normal(33, 210)], "grads": [normal(33, 210)], "latents": [latent.clone()],
+                 "exp_avgs": [normal(33, 210)], "exp_avg_sqs": [curvature.clone()],
+                 "scales": [scale.clone()]}
+        scalars = {"lr": torch.tensor(1e-3, device="cuda"), "step": torch.tensor(2.0, device="cuda")}
+        tail = {**HYPER, "levels": levels, "group_size": group_size, "method": "alternating"}
+        ops.fused_trial(**lists, **scalars, **tail)
+        ops.fused_step(**lists, trial_grads=[normal(33, 210)], **scalars, **tail,
+                       backtrack=torch.tensor(0.6, device="cuda"))
+    qweight = ops.pack(torch.randint(0, 4, (20, 27), dtype=torch.uint8, device="cuda"), 2)
+    scale = torch.rand(20, 1, device="cuda")
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = normal(2, 3, 9, 7, dtype=torch.bfloat16).contiguous(memory_format=layout)
+        ops.packed_conv2d(x, qweight, scale, None, levels, -1, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()
