@@ -65,7 +65,7 @@ def _linear_backward(ctx, grad):
 
 def _conv2d_setup(ctx, inputs, output):
     (input, qweight, scale, bias, ctx.levels, ctx.group_size, ctx.kernel_size, ctx.stride,
-     ctx.padding, ctx.dilation, ctx.groups) = inputs
+     ctx.padding, ctx.dilation, ctx.groups, *_) = inputs
     ctx.has_bias = bias is not None
     ctx.save_for_backward(input, qweight, scale)
 
@@ -86,7 +86,7 @@ def _conv2d_backward(ctx, grad):
     if ctx.needs_input_grad[2]:
         values = _unit_weight(qweight, scale, ctx.levels, ctx.group_size, in_features)
         grad_scale = _scale_grad(grad_weight.reshape(shape[0], -1), values, scale, ctx.group_size)
-    return grad_input, None, grad_scale, grad_bias, *[None] * 7
+    return grad_input, None, grad_scale, grad_bias, *[None] * 9
 
 
 def register() -> None:

@@ -327,7 +327,7 @@ def packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
 def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
                   levels: Sequence[float], group_size: int, kernel_size: Sequence[int],
                   stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-                  groups: int) -> Tensor:
+                  groups: int, repacked: Tensor | None = None, accuracy: str = "high") -> Tensor:
     """``conv2d`` with the unpacked weight ``[out, in/groups, kh, kw]``."""
     channels = input.shape[1] // groups
     in_features = channels * kernel_size[0] * kernel_size[1]

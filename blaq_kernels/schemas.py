@@ -55,7 +55,7 @@ SCHEMAS = {
     "int group_size, Tensor? repacked=None, str accuracy='high') -> Tensor",
     "packed_conv2d": "(Tensor input, Tensor qweight, Tensor scale, Tensor? bias, float[] levels, "
     "int group_size, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
-    "int groups) -> Tensor",
+    "int groups, Tensor? repacked=None, str accuracy='high') -> Tensor",
 }
 
 
@@ -324,9 +324,8 @@ def check_repack(qweight: Tensor) -> None:
     _contiguous(op, "qweight", qweight)
 
 
-def repacked_bytes(qweight: Tensor) -> int:
-    """Bytes that :func:`repack` makes of bit planes: 16 rows and 32 columns together, 4 bits a digit."""
-    bits, n, row_bytes = qweight.shape
+def repacked_bytes(bits: int, n: int, row_bytes: int) -> int:
+    """Bytes that ``repack`` makes of bit planes: 16 rows and 32 columns together, 4 bits a digit."""
     return (n + 15) // 16 * ((row_bytes + 3) // 4) * (bits if bits <= 2 else 4) * 64
 
 
@@ -334,7 +333,7 @@ def _check_repacked(op: str, repacked: Tensor | None, qweight: Tensor, accuracy:
     require(accuracy in ACCURACIES, op, "accuracy", "be 'exact', 'high' or 'fast'", repr(accuracy))
     if repacked is not None:
         _dtype_in(op, "repacked", repacked, (torch.uint8,))
-        size = repacked_bytes(qweight)
+        size = repacked_bytes(*qweight.shape)
         require(tuple(repacked.shape) == (size,), op, "repacked", f"have shape [{size}]",
                 list(repacked.shape))
         _contiguous(op, "repacked", repacked)
@@ -354,7 +353,7 @@ def check_packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Ten
 def check_packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
                         levels: Sequence[float], group_size: int, kernel_size: Sequence[int],
                         stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-                        groups: int) -> None:
+                        groups: int, repacked: Tensor | None = None, accuracy: str = "high") -> None:
     op = "packed_conv2d"
     require(input.dim() == 4, op, "input", "have 4 dimensions [batch, channels, height, width]",
             list(input.shape))
@@ -373,6 +372,7 @@ def check_packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Ten
     require(qweight.shape[1] % groups == 0, op, "qweight",
             f"have rows divisible by groups = {groups}", qweight.shape[1])
     _check_packed_input(op, input, qweight, bias)
+    _check_repacked(op, repacked, qweight, accuracy)
     size = conv_output_size(input.shape[2:], kernel_size, stride, padding, dilation)
     require(size[0] >= 1 and size[1] >= 1, op, "input", "be at least as large as the kernel",
             list(input.shape[2:]))
@@ -409,7 +409,7 @@ def _fake_unpack(qweight, scale, levels, group_size, in_features, dtype):
 
 
 def _fake_repack(qweight):
-    return qweight.new_empty(repacked_bytes(qweight))
+    return qweight.new_empty(repacked_bytes(*qweight.shape))
 
 
 def _fake_linear(input, qweight, *_, **__):
@@ -417,7 +417,7 @@ def _fake_linear(input, qweight, *_, **__):
 
 
 def _fake_conv2d(input, qweight, scale, bias, levels, group_size, kernel_size, stride, padding,
-                 dilation, groups):
+                 dilation, groups, *_, **__):
     size = conv_output_size(input.shape[2:], kernel_size, stride, padding, dilation)
     return torch.empty((input.shape[0], qweight.shape[1], *size), dtype=input.dtype,
                        device=input.device, memory_format=memory_format(input))

@@ -65,7 +65,7 @@ def test_writes_what_it_measured(finished):
         assert run["config"]["model"] == "lenet5" and run["config"]["data"] == "digits"
     assert summary["table"] == report.aggregate(summary["runs"])
     assert summary["comparisons"] == report.compare(summary["table"])
-    assert len(summary["checks"]) == 6 and all(check["passed"] for check in summary["checks"])
+    assert len(summary["checks"]) == 8 and all(check["passed"] for check in summary["checks"])
     assert [item["bits"] for item in summary["packed"]] == [1, 2]
     for item in summary["packed"]:
         file = blaq.inspect(out / item["file"])

@@ -65,8 +65,10 @@ def test_conv_computes_with_every_padding(name):
     assert same_bits(packed.weight, layer.weight)
     for x in (torch.randn(2, 4, 9, 8), torch.randn(4, 9, 8)):
         exact, budget = error_budget(layer, x)
-        assert packed(x).shape == exact.shape
-        assert (packed(x).double() - exact).abs().max() <= budget
+        for accuracy, more in (("exact", 0), ("high", 4e-4 * exact.abs().max())):
+            packed.accuracy = accuracy
+            assert packed(x).shape == exact.shape
+            assert (packed(x).double() - exact).abs().max() <= budget + more
     for attribute in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation",
                       "groups", "padding_mode", "transposed", "output_padding"):
         assert getattr(packed, attribute) == getattr(layer, attribute), attribute
@@ -77,7 +79,9 @@ def test_channels_last_stays():
     x = torch.randn(2, 4, 9, 8).to(memory_format=torch.channels_last)
     out = packed.to(memory_format=torch.channels_last)(x)
     assert out.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(out, layer(x))
+    packed.accuracy = "exact"
+    torch.testing.assert_close(packed(x), layer(x))
+    torch.testing.assert_close(out, packed(x), rtol=0, atol=4e-4 * float(out.detach().abs().max()))
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "to"])

@@ -87,7 +87,7 @@ def packed_conv2d_kernel(x, planes, scale, bias, out, part_stride, pixels, heigh
 def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
                   levels: Sequence[float], group_size: int, kernel_size: Sequence[int],
                   stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-                  groups: int) -> Tensor:
+                  groups: int, repacked: Tensor | None = None, accuracy: str = "high") -> Tensor:
     """``conv2d`` with ``weight = round(level × scale)`` to the input's dtype.
 
     Args:
@@ -95,6 +95,7 @@ def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
         qweight: uint8 ``[bits, out, ceil(K/8)]``, ``K = channels/groups · kh · kw`` (docs/format.md).
         scale: float32 (float64 for float64 input) ``[1]``, ``[out, 1]`` or ``[out, ceil(K/g)]``.
         bias: ``[out]`` of the input's dtype, or None.
+        repacked, accuracy: for CPU kernels; every GPU kernel is exact.
 
     Returns:
         ``[batch, out, height', width']`` in the input's dtype and memory format.
@@ -103,7 +104,7 @@ def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
         ValueError: an argument breaks a rule; the message names it.
     """
     check_packed_conv2d(input, qweight, scale, bias, levels, group_size, kernel_size, stride, padding,
-                        dilation, groups)
+                        dilation, groups, repacked, accuracy)
     launch.check_device("packed_conv2d", "input", input)
     out_size = conv_output_size(input.shape[2:], kernel_size, stride, padding, dilation)
     n = qweight.shape[1]

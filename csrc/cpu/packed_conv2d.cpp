@@ -10,7 +10,7 @@
 #include <cstring>
 
 #include "cpu/float_types.h"
-#include "cpu/packed_matmul.h"
+#include "cpu/packed_int8.h"
 #include "cpu/runs.h"
 #include "cpu/unpack.h"
 #include "packed_checks.h"
@@ -111,8 +111,8 @@ void put(const Conv& conv, const float* result, int64_t pixel, int count, int64_
 }
 
 template <typename T>
-void convolve(const Tensor& input, PackedMatrix weight, const std::optional<Tensor>& bias,
-              const Conv& conv, Tensor& output) {
+void convolve(const Tensor& input, PackedMatrix weight, const uint8_t* repacked, Accuracy accuracy,
+              const std::optional<Tensor>& bias, const Conv& conv, Tensor& output) {
   const int64_t k = weight.k, n = weight.sharing, stride = padded(k);
   const int64_t channels = conv.channels / conv.groups;
   std::vector<float> wide_bias(bias ? weight.n : 0);
@@ -152,7 +152,12 @@ void convolve(const Tensor& input, PackedMatrix weight, const std::optional<Tens
           std::fill(row + k, row + stride, 0.0f);
         }
         const int64_t at = group * n + begin, width = end - begin;
-        multiply_rows(weight, {rows, stride, count, at, at + width, result, width});
+        const Product product{rows, stride, count, at, at + width, result, width};
+        if (repacked) {
+          multiply_int8(weight, repacked, accuracy, product);
+        } else {
+          multiply_rows(weight, product);
+        }
         put(conv, result, pixel, count, at, width, weight.n, out);
       }
     }
@@ -182,10 +187,11 @@ void check_pair(const char* op, const char* name, const Pair& pair, int64_t leas
 }
 
 Tensor packed_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& scale,
-                     const std::optional<Tensor>& bias, const std::vector<double>& levels,
-                     int64_t group_size, const Pair& kernel_size, const Pair& stride,
-                     const Pair& padding, const Pair& dilation, int64_t groups) {
+                     const std::optional<Tensor>& bias, std::vector<double> levels, int64_t group_size,
+                     Pair kernel_size, Pair stride, Pair padding, Pair dilation, int64_t groups,
+                     const std::optional<Tensor>& repacked, std::string accuracy_name) {
   const char* op = "packed_conv2d";
+  const Accuracy accuracy = accuracy_of(op, accuracy_name);
   BLAQ_REQUIRE(input.dim() == 4, op, "input", "have 4 dimensions [batch, channels, height, width]",
                list_text(input.sizes()));
   check_dtype(op, "input", input, kFloatDtypes);
@@ -206,6 +212,7 @@ Tensor packed_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& s
   BLAQ_REQUIRE(outputs % groups == 0, op, "qweight",
                "have rows divisible by groups = " + text(groups), outputs);
   check_packed_input(op, input, qweight, bias);
+  if (repacked) check_repacked(op, *repacked, qweight, in_features);
   const auto out_size = [&](int i) {
     const int64_t reach =
         input.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1;
@@ -236,8 +243,11 @@ Tensor packed_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& s
   if (empty) return output;
   const PackedMatrix weight =
       packed_matrix(qweight, scale, levels, group_size, in_features, input.scalar_type(), groups);
+  // Registers have 16 outputs, which must be of one group.
+  const bool int8 = repacked && has_int8(weight, accuracy) && (groups == 1 || outputs / groups % 16 == 0);
+  const uint8_t* words = int8 ? repacked->const_data_ptr<uint8_t>() : nullptr;
   with_float_type(input.scalar_type(), [&]<typename T>() {
-    if constexpr (sizeof(T) <= 4) convolve<T>(dense, weight, bias, conv, output);
+    if constexpr (sizeof(T) <= 4) convolve<T>(dense, weight, words, accuracy, bias, conv, output);
   });
   return output;
 }

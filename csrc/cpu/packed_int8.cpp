@@ -448,9 +448,7 @@ bool run(const PackedMatrix& weight, const uint8_t* repacked, const LevelTable& 
   return Kernel<WORDS, DIGITS, REST>(weight, repacked, levels).run(product, prepared, totals);
 }
 
-}  // namespace
-
-bool multiply_int8(const PackedMatrix& weight, const uint8_t* repacked, Accuracy accuracy,
+bool try_int8(const PackedMatrix& weight, const uint8_t* repacked, Accuracy accuracy,
                    const Product& product) {
   const LevelTable levels(weight.levels, weight.bits, accuracy);
   const bool high = accuracy == Accuracy::high;
@@ -462,6 +460,8 @@ bool multiply_int8(const PackedMatrix& weight, const uint8_t* repacked, Accuracy
   return call(weight, repacked, levels, product);
 }
 
+}  // namespace
+
 }  // namespace blaq
 
 #if defined(__clang__)
@@ -471,6 +471,17 @@ bool multiply_int8(const PackedMatrix& weight, const uint8_t* repacked, Accuracy
 #endif
 
 namespace blaq {
+
+void multiply_int8(const PackedMatrix& weight, const uint8_t* repacked, Accuracy accuracy,
+                   const Product& product) {
+  if (try_int8(weight, repacked, accuracy, product)) return;
+  Product one = product;
+  one.count = 1;
+  for (int r = 0; r < product.count; ++r) {
+    if (!try_int8(weight, repacked, accuracy, one)) multiply_rows(weight, one);
+    one.rows += product.row_stride, one.out += product.out_stride;
+  }
+}
 
 bool processor_has_int8() {
   return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
@@ -493,7 +504,7 @@ namespace blaq {
 
 bool processor_has_int8() { return false; }
 bool has_int8(const PackedMatrix&, Accuracy) { return false; }
-bool multiply_int8(const PackedMatrix&, const uint8_t*, Accuracy, const Product&) { return false; }
+void multiply_int8(const PackedMatrix&, const uint8_t*, Accuracy, const Product&) {}
 
 }  // namespace blaq
 

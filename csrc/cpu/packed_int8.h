@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "cpu/packed_matmul.h"
 
@@ -25,6 +26,9 @@ inline int64_t repacked_bytes(int bits, int64_t n, int64_t k) {
 }
 
 bool processor_has_int8();
+Accuracy accuracy_of(const char* op, const std::string& name);
+void check_repacked(const char* op, const torch::stable::Tensor& repacked,
+                    const torch::stable::Tensor& qweight, int64_t in_features);
 
 // Whether this processor and this weight have the way. High accuracy asks for levels that 8 bits hold.
 bool has_int8(const PackedMatrix& weight, Accuracy accuracy);
@@ -32,9 +36,9 @@ bool has_int8(const PackedMatrix& weight, Accuracy accuracy);
 // out[n / 16][k / 32][words][16 lanes] of 32 bits.
 void repack(const PackedMatrix& weight, uint8_t* out);
 
-// As multiply_rows; false where a row cannot be computed so (not finite, or too small), and nothing is
-// written then.
-bool multiply_int8(const PackedMatrix& weight, const uint8_t* repacked, Accuracy accuracy,
+// As multiply_rows, from a multiple of 16 outputs on. A row whose inputs are not finite, or too small for
+// a unit, goes to multiply_rows: so NaN and Inf give what F.linear gives, in their rows alone.
+void multiply_int8(const PackedMatrix& weight, const uint8_t* repacked, Accuracy accuracy,
                    const Product& product);
 
 }  // namespace blaq

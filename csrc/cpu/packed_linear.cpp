@@ -8,7 +8,6 @@
 #include <cstring>
 
 #include "cpu/float_types.h"
-#include "cpu/capability.h"
 #include "cpu/packed_int8.h"
 #include "cpu/unpack.h"
 #include "packed_checks.h"
@@ -55,8 +54,7 @@ void linear(const Tensor& input, PackedMatrix weight, const std::optional<Tensor
   });
 }
 
-// The same in 8-bit arithmetic. A row that it cannot do is done exactly: where inputs are no numbers, the
-// result is what F.linear gives.
+// The same in 8-bit arithmetic.
 template <typename T>
 void linear_int8(const Tensor& input, PackedMatrix weight, const uint8_t* repacked, Accuracy accuracy,
                  const std::optional<Tensor>& bias, Tensor& output) {
@@ -82,14 +80,7 @@ void linear_int8(const Tensor& input, PackedMatrix weight, const uint8_t* repack
       constexpr bool kDirect = std::is_same_v<T, float>;
       T* to = y + row * n + begin;
       float* out = kDirect ? reinterpret_cast<float*>(to) : result_buffer.take(kFewRows * width);
-      const Product all{rows, stride, count, begin, end, out, kDirect ? n : width};
-      if (!multiply_int8(weight, repacked, accuracy, all)) {
-        for (int r = 0; r < count; ++r) {
-          Product one = all;
-          one.rows += r * stride, one.out += r * all.out_stride, one.count = 1;
-          if (!multiply_int8(weight, repacked, accuracy, one)) multiply_rows(weight, one);
-        }
-      }
+      multiply_int8(weight, repacked, accuracy, {rows, stride, count, begin, end, out, kDirect ? n : width});
       for (int r = 0; !kDirect && r < count; ++r) {
         BLAQ_VARIANT(narrow_run<float, T>)(out + r * width, to + r * n, width);
       }
@@ -118,40 +109,6 @@ Tensor float64_linear(const Tensor& input, const Tensor& qweight, const Tensor& 
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Accuracy accuracy_of(const char* op, const std::string& name) {
-  BLAQ_REQUIRE(name == "exact" || name == "high" || name == "fast", op, "accuracy",
-               "be 'exact', 'high' or 'fast'", "'" + name + "'");
-  return name == "exact" ? Accuracy::exact : name == "high" ? Accuracy::high : Accuracy::fast;
-}
-
-void check_repacked(const char* op, const Tensor& repacked, const Tensor& qweight, int64_t in_features) {
-  check_dtype(op, "repacked", repacked, {ScalarType::Byte});
-  check_contiguous(op, "repacked", repacked);
-  const int64_t bytes =
-      repacked_bytes(static_cast<int>(qweight.size(0)), qweight.size(1), in_features);
-  BLAQ_REQUIRE(repacked.dim() == 1 && repacked.numel() == bytes, op, "repacked",
-               "have shape [" + text(bytes) + "]", list_text(repacked.sizes()));
-}
-
-Tensor repack_weight(const Tensor& qweight) {
-  const char* op = "repack";
-  check_dtype(op, "qweight", qweight, {ScalarType::Byte});
-  check_contiguous(op, "qweight", qweight);
-  BLAQ_REQUIRE(qweight.dim() == 3 && qweight.size(0) >= 1 && qweight.size(0) <= 4, op, "qweight",
-               "have shape [bits, N, ceil(K / 8)], bits 1 to 4", list_text(qweight.sizes()));
-  const int bits = static_cast<int>(qweight.size(0));
-  const int64_t n = qweight.size(1), k = qweight.size(2) * 8;
-  Tensor out = torch::stable::new_empty(qweight, {repacked_bytes(bits, n, k)});
-  if (out.numel() == 0) return out;
-  if (capability() == Capability::avx512) {
-    PackedMatrix weight{qweight.const_data_ptr<uint8_t>(), bits, n, k};
-    repack(weight, out.mutable_data_ptr<uint8_t>());
-  } else {
-    torch::stable::zero_(out);  // no variant below AVX-512 reads it
-  }
-  return out;
 }
 
 Tensor packed_linear(const Tensor& input, const Tensor& qweight, const Tensor& scale,
@@ -193,6 +150,5 @@ Tensor packed_linear(const Tensor& input, const Tensor& qweight, const Tensor& s
 }  // namespace blaq
 
 STABLE_TORCH_LIBRARY_IMPL(blaq, CPU, m) {
-  m.impl("repack", TORCH_BOX(&blaq::repack_weight));
   m.impl("packed_linear", TORCH_BOX(&blaq::packed_linear));
 }

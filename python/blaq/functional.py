@@ -179,7 +179,8 @@ def packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
 def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
                   levels: Sequence[float], group_size: int, kernel_size: Sequence[int],
                   stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0),
-                  dilation: Sequence[int] = (1, 1), groups: int = 1) -> Tensor:
+                  dilation: Sequence[int] = (1, 1), groups: int = 1, repacked: Tensor | None = None,
+                  accuracy: str = "high") -> Tensor:
     """``conv2d`` with a bit-packed weight ``[out, in/groups · kh · kw]``.
 
     Args:
@@ -187,6 +188,7 @@ def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
         qweight: uint8, ``[bits, out, ceil(K/8)]``, contiguous.
         scale: float32 (float64 for a float64 ``input``).
         bias: ``[out]``, dtype of ``input``.
+        repacked, accuracy: as :func:`packed_linear` has them.
     """
     return _ops.packed_conv2d.default(input, qweight, scale, bias, levels, group_size, kernel_size,
-                                      stride, padding, dilation, groups)
+                                      stride, padding, dilation, groups, repacked, accuracy)

@@ -48,6 +48,9 @@ class PackedLayer(nn.Module):
     scale: Tensor
     bias: nn.Parameter | None
 
+    _accuracy: str | None = None
+    _repacked: tuple[tuple[Any, ...], Tensor] | None = None
+
     def __init__(self, weight_shape: Sequence[int], bias: bool, levels: Sequence[float],
                  group_size: int, device: Any, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -74,6 +77,36 @@ class PackedLayer(nn.Module):
             self.qweight, self.scale.detach(), self.levels, self.group_size,
             matrix_shape(self.weight_shape)[1], self.dtype)
         return flat.reshape(self.weight_shape)
+
+    @property
+    def accuracy(self) -> str:
+        """``exact``, ``high`` or ``fast`` (:func:`blaq.set_accuracy`); a layer that is given none
+        has what all have. None gives it back."""
+        return self._accuracy or get_accuracy()
+
+    @accuracy.setter
+    def accuracy(self, accuracy: str | None) -> None:
+        self._accuracy = None if accuracy is None else checked(type(self).__name__, accuracy)
+
+    def repacked(self) -> Tensor | None:
+        """``qweight`` in the order that the fast kernels of this processor read, made on first use
+        and kept while ``qweight`` stays as it is; None where no such kernel is. Never saved. A graph
+        that ``torch.compile`` captures has what an eager call made before, so make one first; an
+        exported program has none, and computes exactly."""
+        if torch.compiler.is_compiling():
+            kept = None if torch.compiler.is_exporting() else self._repacked
+            return None if kept is None else kept[1]
+        qweight = self.qweight
+        if self.accuracy == "exact" or not qweight.is_cpu or not blaq_kernels.has_int8():
+            return None
+        state = (qweight.data_ptr(), qweight._version if not qweight.is_inference() else 0)
+        kept = self._repacked
+        if kept is None or kept[0] != state:  # two threads may both make it: the same
+            kept = self._repacked = state, torch.ops.blaq.repack.default(qweight)
+        return kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_repacked": None}
 
     @classmethod
     def like(cls: type[P], layer: nn.Module, levels: Sequence[float], group_size: int,
@@ -177,39 +210,6 @@ class PackedLinear(PackedLayer):
         self.in_features = in_features
         self.out_features = out_features
 
-    _accuracy: str | None = None
-    _repacked: tuple[tuple[Any, ...], Tensor] | None = None
-
-    @property
-    def accuracy(self) -> str:
-        """``exact``, ``high`` or ``fast`` (:func:`blaq.set_accuracy`); a layer that is given none
-        has what all have. None gives it back."""
-        return self._accuracy or get_accuracy()
-
-    @accuracy.setter
-    def accuracy(self, accuracy: str | None) -> None:
-        self._accuracy = None if accuracy is None else checked("PackedLinear", accuracy)
-
-    def repacked(self) -> Tensor | None:
-        """``qweight`` in the order that the fast kernels of this processor read, made on first use
-        and kept while ``qweight`` stays as it is; None where no such kernel is. Never saved. A graph
-        that ``torch.compile`` captures has what an eager call made before, so make one first; an
-        exported program has none, and computes exactly."""
-        if torch.compiler.is_compiling():
-            kept = None if torch.compiler.is_exporting() else self._repacked
-            return None if kept is None else kept[1]
-        qweight = self.qweight
-        if self.accuracy == "exact" or not qweight.is_cpu or not blaq_kernels.has_int8():
-            return None
-        state = (qweight.data_ptr(), qweight._version if not qweight.is_inference() else 0)
-        kept = self._repacked
-        if kept is None or kept[0] != state:  # two threads may both make it: the same
-            kept = self._repacked = state, torch.ops.blaq.repack.default(qweight)
-        return kept[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_repacked": None}
-
     def forward(self, input: Tensor) -> Tensor:
         input, bias = self._operands(input, -1, "in_features")
         return torch.ops.blaq.packed_linear.default(
@@ -268,4 +268,5 @@ class PackedConv2d(PackedLayer):
             input = F.pad(input, self._pad_first, mode=mode)
         return torch.ops.blaq.packed_conv2d.default(
             input, self.qweight, self.scale, bias, self.levels, self.group_size, self.kernel_size,
-            self.stride, self._op_padding, self.dilation, self.groups)
+            self.stride, self._op_padding, self.dilation, self.groups, self.repacked(),
+            self.accuracy)

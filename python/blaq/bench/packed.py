@@ -165,16 +165,21 @@ def _packed_conv2d(case: Case, full: bool) -> list[Variant]:
     last = torch.channels_last
     own, own_bias = x.to(case.torch_dtype), bias.to(case.torch_dtype)
 
-    def packed(input: Tensor) -> Callable[[], Tensor]:
+    repacked = _ops.repack.default(qweight)
+
+    def packed(input: Tensor, accuracy: str = "high") -> Callable[[], Tensor]:
         return lambda: _ops.packed_conv2d.default(
             input, qweight, scale, own_bias, case.levels, case.group_size, (3, 3), (1, 1), (1, 1),
-            (1, 1), 1)
+            (1, 1), 1, repacked, accuracy)
 
     def torch_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
         return lambda: F.conv2d(x, weight, bias, padding=1)
 
     x_last, weight_last = x.to(memory_format=last), weight.to(memory_format=last)
     calls = {BLAQ: packed(own), "blaq, channels_last": packed(own.to(memory_format=last)),
+             "blaq, fast": packed(own, "fast"),
+             "blaq, fast, channels_last": packed(own.to(memory_format=last), "fast"),
+             "blaq, exact": packed(own, "exact"),
              "F.conv2d float32": torch_conv(x, weight, bias),
              "F.conv2d float32, channels_last": torch_conv(x_last, weight_last, bias),
              "F.conv2d bfloat16, channels_last": torch_conv(
@@ -182,7 +187,8 @@ def _packed_conv2d(case: Case, full: bool) -> list[Variant]:
     activations = (x.numel() + exact.numel()) * own.element_size()
     nbytes = qweight.nbytes + scale.nbytes + activations
     with torch.no_grad():
-        return [Variant(name, call, nbytes if name == BLAQ else 0, _error(call(), exact))
+        return [Variant(name, torch.inference_mode()(call), nbytes if name == BLAQ else 0,
+                        _error(call(), exact))
                 for name, call in calls.items()]
 
 

@@ -4,7 +4,8 @@
 
 Every field is checked as blaq.load checks it. Bytes are those of a layer's qweight, scale and bias;
 "x" is how many times more its weight and bias would take in float32. A group is the weights that
-share a scale: the whole tensor, a row, or so many inputs of a row.
+share a scale: the whole tensor, a row, or so many inputs of a row. Last comes what running the model
+on a CPU with 8-bit kernels adds in memory: each packed weight in the order that they read.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from blaq_kernels.schemas import repacked_bytes
 
 from .._text import size, table
 from ..format import join
@@ -45,8 +48,10 @@ def describe(file: PackedFile) -> dict[str, Any]:
     for name, spec in file.layers.items():
         counts = {key: stored.get(join(name, key), 0) for key in spec.tensors()}
         floats = 4 * math.prod(spec.shape) + (4 * spec.shape[0] if counts["bias"] else 0)
+        n, row_bytes = spec.shape[0], (math.prod(spec.shape[1:]) + 7) // 8
         layers.append({"name": name, **asdict(spec), "bytes": sum(counts.values()),
-                       "bytes_float32": floats})
+                       "bytes_float32": floats,
+                       "bytes_repacked": repacked_bytes(spec.bits, n, row_bytes)})
     others = {name: count for name, count in stored.items() if name not in packed}
     return {"file": str(file.path), "format_version": file.metadata["blaq.format_version"],
             "bytes": file.size, "layers": layers, "aliases": file.aliases,
@@ -63,6 +68,7 @@ def _lines(content: dict[str, Any]) -> list[str]:
                      layer["dtype"], str(layer["bits"]), " ".join(f"{x:.4g}" for x in levels),
                      GROUPS.get(group, str(group)), size(layer["bytes"]),
                      f"{layer['bytes_float32'] / layer['bytes']:.1f}"))
+    repacked = sum(layer["bytes_repacked"] for layer in content["layers"])
     lines = [f"{content['file']}: format version {content['format_version']}, "
              f"{size(content['bytes'])}", "", *table(rows)]
     if others := content["other_tensors"]:
@@ -70,4 +76,5 @@ def _lines(content: dict[str, Any]) -> list[str]:
             (t["name"], t["dtype"], "x".join(map(str, t["shape"])) or "scalar", size(t["bytes"]))
             for t in others)])]
     lines += [f"{name} is {owner}" for name, owner in content["aliases"].items()]
+    lines += ["", f"in memory, repacked for 8-bit CPU kernels: {size(repacked)} more"]
     return lines
