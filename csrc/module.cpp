@@ -22,8 +22,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &blaq::capability_name, "Name of the CPU kernels' variant in use.");
   m.def("cpu_capabilities", &blaq::capability_names,
         "Names of the variants that this processor can run, ascending.");
-  m.def("has_int8", [] { return blaq::capability() == blaq::Capability::avx512 && blaq::processor_has_int8(); },
-        "Whether packed_linear computes in 8-bit integers from a repacked weight.");
+  m.def(
+      "has_int8",
+      [] { return blaq::capability() == blaq::Capability::avx512 && blaq::processor_has_int8(); },
+      "Whether packed layers compute in 8-bit integers from a repacked weight.");
   m.def("set_cpu_capability", &blaq::set_capability, py::arg("name"),
         "Choose a variant; ValueError for one that this processor cannot run.");
 }

@@ -88,13 +88,13 @@ void linear_int8(const Tensor& input, PackedMatrix weight, const uint8_t* repack
   };
   const auto grain = [&](int64_t products) { return std::max<int64_t>(1, kProducts / (products + 1)); };
   if (m >= kFewRows * torch::stable::get_num_threads()) {
-    torch::stable::parallel_for(0, (m + kFewRows - 1) / kFewRows, grain(kFewRows * k * n), [&](int64_t a, int64_t b) {
-      body(a * kFewRows, std::min(m, b * kFewRows), 0, n);
-    });
+    torch::stable::parallel_for(
+        0, (m + kFewRows - 1) / kFewRows, grain(kFewRows * k * n),
+        [&](int64_t a, int64_t b) { body(a * kFewRows, std::min(m, b * kFewRows), 0, n); });
   } else {
-    torch::stable::parallel_for(0, (n + kOutputs - 1) / kOutputs, grain(m * k * kOutputs), [&](int64_t a, int64_t b) {
-      body(0, m, a * kOutputs, std::min(n, b * kOutputs));
-    });
+    torch::stable::parallel_for(
+        0, (n + kOutputs - 1) / kOutputs, grain(m * k * kOutputs),
+        [&](int64_t a, int64_t b) { body(0, m, a * kOutputs, std::min(n, b * kOutputs)); });
   }
 }
 

@@ -102,7 +102,8 @@ void repack_with(const PackedMatrix& weight, uint8_t* out) {
 
 void repack(const PackedMatrix& weight, uint8_t* out) {
   const int words = words_of(weight.bits);
-  words == 1 ? repack_with<1>(weight, out) : words == 2 ? repack_with<2>(weight, out) : repack_with<4>(weight, out);
+  const auto run = words == 1 ? repack_with<1> : words == 2 ? repack_with<2> : repack_with<4>;
+  run(weight, out);
 }
 #else
 void repack(const PackedMatrix&, uint8_t*) {}

@@ -16,10 +16,11 @@ from .summary import LayerSummary, Summary, summary
 from .trial import RandomState, trial_pass
 
 __all__ = [
-    "BLAQ", "AmplitudeTracker", "LayerSummary", "OscillationTracker", "PackedConv2d", "PackedFile",
-    "PackedLinear", "Quantization", "RandomState", "Summary", "bits_of", "flip_ratio", "functional",
-    "get_accuracy", "inspect", "levels_for", "levels_of", "load", "pack", "param_groups", "quantization_of", "save",
-    "set_accuracy", "summary", "trial_pass", "unpack",
+    "AmplitudeTracker", "BLAQ", "LayerSummary", "OscillationTracker", "PackedConv2d",
+    "PackedFile", "PackedLinear", "Quantization", "RandomState", "Summary", "bits_of",
+    "flip_ratio", "functional", "get_accuracy", "inspect", "levels_for", "levels_of", "load",
+    "pack", "param_groups", "quantization_of", "save", "set_accuracy", "summary", "trial_pass",
+    "unpack",
 ]
 
 __version__ = blaq_kernels.__version__
