@@ -49,7 +49,7 @@ class PackedLayer(nn.Module):
     bias: nn.Parameter | None
 
     _accuracy: str | None = None
-    _repacked: tuple[tuple[Any, ...], Tensor] | None = None
+    _repacked: tuple[Tensor, int, Tensor] | None = None  # of which qweight, of which version, and it
 
     def __init__(self, weight_shape: Sequence[int], bias: bool, levels: Sequence[float],
                  group_size: int, device: Any, dtype: torch.dtype | None) -> None:
@@ -95,15 +95,16 @@ class PackedLayer(nn.Module):
         exported program has none, and computes exactly."""
         if torch.compiler.is_compiling():
             kept = None if torch.compiler.is_exporting() else self._repacked
-            return None if kept is None else kept[1]
+            return None if kept is None else kept[2]
         qweight = self.qweight
         if self.accuracy == "exact" or not qweight.is_cpu or not blaq_kernels.has_int8():
             return None
-        state = (qweight.data_ptr(), qweight._version if not qweight.is_inference() else 0)
+        version = 0 if qweight.is_inference() else qweight._version
         kept = self._repacked
-        if kept is None or kept[0] != state:  # two threads may both make it: the same
-            kept = self._repacked = state, torch.ops.blaq.repack.default(qweight)
-        return kept[1]
+        if kept is None or kept[0] is not qweight or kept[1] != version:
+            # Two threads may both make it: the same.
+            kept = self._repacked = qweight, version, torch.ops.blaq.repack.default(qweight)
+        return kept[2]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_repacked": None}
@@ -158,6 +159,7 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         """Keeps ``scale`` wide: a scale rounded to 16 bits would change every weight."""
+        self._repacked = None
         scale, probe = self.scale, fn(self.scale.new_empty(0, dtype=self.dtype))
         super()._apply(fn, recurse)
         self.dtype = probe.dtype
