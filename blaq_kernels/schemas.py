@@ -56,6 +56,9 @@ SCHEMAS = {
     "packed_conv2d": "(Tensor input, Tensor qweight, Tensor scale, Tensor? bias, float[] levels, "
     "int group_size, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
     "int groups) -> Tensor",
+    "binary_repack": "(Tensor qweight, int in_features, int taps, int groups) -> Tensor",
+    "binary_linear": "(Tensor input, Tensor qweight, Tensor scale, Tensor? bias, int group_size, "
+    "Tensor? repacked=None) -> Tensor",
 }
 
 
@@ -378,6 +381,48 @@ def check_packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Ten
             list(input.shape[2:]))
 
 
+def check_binary_repack(qweight: Tensor, in_features: int, taps: int, groups: int) -> None:
+    op = "binary_repack"
+    _dtype_in(op, "qweight", qweight, (torch.uint8,))
+    _contiguous(op, "qweight", qweight)
+    require(in_features >= 0, op, "in_features", "be at least 0", in_features)
+    require(taps >= 1 and in_features % taps == 0, op, "taps",
+            f"divide in_features = {in_features}", taps)
+    bytes_ = -(-in_features // 8)
+    require(qweight.dim() == 3 and qweight.shape[0] == 1 and qweight.shape[2] == bytes_, op,
+            "qweight", f"have shape [1, N, {bytes_}]", list(qweight.shape))
+    require(groups >= 1 and qweight.shape[1] % groups == 0, op, "groups",
+            f"divide the rows of qweight = {qweight.shape[1]}", groups)
+
+
+def binary_shape(n: int, in_features: int, taps: int, groups: int) -> tuple[int, ...]:
+    """Shape of a 1-bit weight of n rows that is repacked: group, 8 outputs, tap, 64 channels, output."""
+    return groups, -(-n // groups // 8), taps, -(-in_features // taps // 64), 8
+
+
+def _check_binary_repacked(op: str, repacked: Tensor | None, qweight: Tensor, in_features: int,
+                           taps: int, groups: int) -> None:
+    if repacked is not None:
+        _dtype_in(op, "repacked", repacked, (torch.int64,))
+        _contiguous(op, "repacked", repacked)
+        shape = binary_shape(qweight.shape[1], in_features, taps, groups)
+        require(tuple(repacked.shape) == shape, op, "repacked", f"have shape {list(shape)}",
+                list(repacked.shape))
+
+
+def check_binary_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                        group_size: int, repacked: Tensor | None = None) -> None:
+    op = "binary_linear"
+    require(input.dim() >= 1, op, "input", "have at least 1 dimension", input.dim())
+    _dtype_in(op, "input", input, FLOAT_DTYPES)
+    require(group_size >= -1 and (group_size <= 0 or group_size % 64 == 0), op, "group_size",
+            "be 0, -1 or a multiple of 64", group_size)
+    in_features = input.shape[-1]
+    _check_qweight(op, qweight, scale, (1.0,), group_size, in_features, _scale_dtypes_for(input))
+    _check_packed_input(op, input, qweight, bias)
+    _check_binary_repacked(op, repacked, qweight, in_features, 1, 1)
+
+
 def conv_output_size(size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int],
                      padding: Sequence[int], dilation: Sequence[int]) -> tuple[int, int]:
     """Height and width of a convolution's output."""
@@ -416,6 +461,11 @@ def _fake_linear(input, qweight, *_, **__):
     return input.new_empty((*input.shape[:-1], qweight.shape[1]))
 
 
+def _fake_binary_repack(qweight, in_features, taps, groups):
+    shape = binary_shape(qweight.shape[1], in_features, taps, groups)
+    return qweight.new_empty(shape, dtype=torch.int64)
+
+
 def _fake_conv2d(input, qweight, scale, bias, levels, group_size, kernel_size, stride, padding,
                  dilation, groups):
     size = conv_output_size(input.shape[2:], kernel_size, stride, padding, dilation)
@@ -435,6 +485,8 @@ FAKES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "repack": (check_repack, _fake_repack),
     "packed_linear": (check_packed_linear, _fake_linear),
     "packed_conv2d": (check_packed_conv2d, _fake_conv2d),
+    "binary_repack": (check_binary_repack, _fake_binary_repack),
+    "binary_linear": (check_binary_linear, _fake_linear),
 }
 
 

@@ -64,6 +64,9 @@ OPCHECK_CASES = {
     "packed_conv2d": lambda: ((torch.randn(2, 4, 6, 5, requires_grad=True),
                                *packed_weight(6, 18, "pow2", 2, -1)[:2], torch.randn(6), [0.5, 1.0],
                                -1, [3, 3], [2, 1], [1, 0], [1, 2], 2), {}),
+    "binary_repack": lambda: ((packed_weight(6, 18, "pow2", 1, 0)[0], 18, 9, 2), {}),
+    "binary_linear": lambda: ((torch.randn(2, 70, requires_grad=True),
+                               *packed_weight(3, 70, "pow2", 1, 64)[:2], torch.randn(3), 64), {}),
 }
 
 
