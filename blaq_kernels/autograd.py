@@ -2,7 +2,7 @@
 
 ``fake_quantize``: straight through to ``latent``; to ``scale`` the true derivative of level × scale
 with the codes held. ``packed_linear`` and ``packed_conv2d``: to input, scale and bias; codes have none.
-``binary_linear``: the same, straight through the sign to inputs in [-1, 1].
+``binary_linear`` and ``binary_conv2d``: the same, straight through the sign to inputs in [-1, 1].
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _binary_linear_setup(ctx, inputs, output):
 def _binary_linear_backward(ctx, grad):
     input, qweight, scale = ctx.saved_tensors
     grad_input, *others = _linear_grads(ctx, grad, reference.signs(input), qweight, scale)
-    if grad_input is not None:
+    if ctx.needs_input_grad[0]:
         grad_input = _straight_through(grad_input, input)
     return grad_input, *others, None, None
 
@@ -97,6 +97,11 @@ def _conv2d_setup(ctx, inputs, output):
 
 def _conv2d_backward(ctx, grad):
     input, qweight, scale = ctx.saved_tensors
+    return *_conv2d_grads(ctx, grad, input, qweight, scale), *[None] * 7
+
+
+def _conv2d_grads(ctx, grad, input, qweight, scale):
+    """Gradients to input, qweight, scale and bias."""
     channels = input.shape[1] // ctx.groups
     in_features = channels * ctx.kernel_size[0] * ctx.kernel_size[1]
     shape = (qweight.shape[1], channels, *ctx.kernel_size)
@@ -111,7 +116,22 @@ def _conv2d_backward(ctx, grad):
     if ctx.needs_input_grad[2]:
         values = _unit_weight(qweight, scale, ctx.levels, ctx.group_size, in_features)
         grad_scale = _scale_grad(grad_weight.reshape(shape[0], -1), values, scale, ctx.group_size)
-    return grad_input, None, grad_scale, grad_bias, *[None] * 7
+    return grad_input, None, grad_scale, grad_bias
+
+
+def _binary_conv2d_setup(ctx, inputs, output):
+    (input, qweight, scale, bias, ctx.group_size, ctx.kernel_size, ctx.stride, ctx.padding,
+     ctx.dilation, ctx.groups, *_) = inputs
+    ctx.levels, ctx.has_bias = (1.0,), bias is not None
+    ctx.save_for_backward(input, qweight, scale)
+
+
+def _binary_conv2d_backward(ctx, grad):
+    input, qweight, scale = ctx.saved_tensors
+    grad_input, *others = _conv2d_grads(ctx, grad, reference.signs(input), qweight, scale)
+    if ctx.needs_input_grad[0]:
+        grad_input = _straight_through(grad_input, input)
+    return grad_input, *others, *[None] * 7
 
 
 def register() -> None:
@@ -121,5 +141,6 @@ def register() -> None:
         ("packed_linear", _linear_setup, _linear_backward),
         ("packed_conv2d", _conv2d_setup, _conv2d_backward),
         ("binary_linear", _binary_linear_setup, _binary_linear_backward),
+        ("binary_conv2d", _binary_conv2d_setup, _binary_conv2d_backward),
     ):
         torch.library.register_autograd(f"blaq::{name}", backward, setup_context=setup, lib=LIBRARY)

@@ -360,3 +360,12 @@ def binary_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
                   group_size: int, repacked: Tensor | None = None) -> Tensor:
     """``packed_linear`` of the input's signs: XNOR-Net's product (Rastegari et al., 2016)."""
     return packed_linear(signs(input), qweight, scale, bias, (1.0,), group_size)
+
+
+def binary_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                  group_size: int, kernel_size: Sequence[int], stride: Sequence[int],
+                  padding: Sequence[int], dilation: Sequence[int], groups: int,
+                  repacked: Tensor | None = None) -> Tensor:
+    """``packed_conv2d`` of the input's signs; padding is 0, so it adds nothing."""
+    return packed_conv2d(signs(input), qweight, scale, bias, (1.0,), group_size, kernel_size, stride,
+                         padding, dilation, groups)

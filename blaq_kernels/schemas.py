@@ -59,6 +59,9 @@ SCHEMAS = {
     "binary_repack": "(Tensor qweight, int in_features, int taps, int groups) -> Tensor",
     "binary_linear": "(Tensor input, Tensor qweight, Tensor scale, Tensor? bias, int group_size, "
     "Tensor? repacked=None) -> Tensor",
+    "binary_conv2d": "(Tensor input, Tensor qweight, Tensor scale, Tensor? bias, int group_size, "
+    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    "Tensor? repacked=None) -> Tensor",
 }
 
 
@@ -359,6 +362,13 @@ def check_packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Ten
                         stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
                         groups: int) -> None:
     op = "packed_conv2d"
+    _check_geometry(op, input, kernel_size, stride, padding, dilation, groups)
+    _check_conv_weight(op, input, qweight, scale, bias, levels, group_size, kernel_size, stride,
+                       padding, dilation, groups)
+
+
+def _check_geometry(op: str, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int],
+                    padding: Sequence[int], dilation: Sequence[int], groups: int) -> None:
     require(input.dim() == 4, op, "input", "have 4 dimensions [batch, channels, height, width]",
             list(input.shape))
     _dtype_in(op, "input", input, FLOAT_DTYPES)
@@ -371,7 +381,13 @@ def check_packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Ten
     require(channels >= 1, op, "input", "have at least 1 channel", channels)
     require(channels % groups == 0, op, "input", f"have channels divisible by groups = {groups}",
             channels)
-    in_features = channels // groups * kernel_size[0] * kernel_size[1]
+
+
+def _check_conv_weight(op: str, input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                       levels: Sequence[float], group_size: int, kernel_size: Sequence[int],
+                       stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+                       groups: int) -> None:
+    in_features = input.shape[1] // groups * kernel_size[0] * kernel_size[1]
     _check_qweight(op, qweight, scale, levels, group_size, in_features, _scale_dtypes_for(input))
     require(qweight.shape[1] % groups == 0, op, "qweight",
             f"have rows divisible by groups = {groups}", qweight.shape[1])
@@ -421,6 +437,20 @@ def check_binary_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Ten
     _check_qweight(op, qweight, scale, (1.0,), group_size, in_features, _scale_dtypes_for(input))
     _check_packed_input(op, input, qweight, bias)
     _check_binary_repacked(op, repacked, qweight, in_features, 1, 1)
+
+
+def check_binary_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                        group_size: int, kernel_size: Sequence[int], stride: Sequence[int],
+                        padding: Sequence[int], dilation: Sequence[int], groups: int,
+                        repacked: Tensor | None = None) -> None:
+    op = "binary_conv2d"
+    _check_geometry(op, input, kernel_size, stride, padding, dilation, groups)
+    require(group_size in (0, -1), op, "group_size", "be 0 or -1", group_size)
+    _check_conv_weight(op, input, qweight, scale, bias, (1.0,), group_size, kernel_size, stride,
+                       padding, dilation, groups)
+    taps = kernel_size[0] * kernel_size[1]
+    in_features = input.shape[1] // groups * taps
+    _check_binary_repacked(op, repacked, qweight, in_features, taps, groups)
 
 
 def conv_output_size(size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int],
@@ -473,6 +503,10 @@ def _fake_conv2d(input, qweight, scale, bias, levels, group_size, kernel_size, s
                        device=input.device, memory_format=memory_format(input))
 
 
+def _fake_binary_conv2d(input, qweight, scale, bias, group_size, *geometry, **_):
+    return _fake_conv2d(input, qweight, scale, bias, (1.0,), group_size, *geometry[:5])
+
+
 FAKES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "scaled_update": (check_scaled_update, lambda latent, *_: torch.empty_like(latent)),
     "blend": (check_blend, lambda current, *_: torch.empty_like(current)),
@@ -487,6 +521,7 @@ FAKES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "packed_conv2d": (check_packed_conv2d, _fake_conv2d),
     "binary_repack": (check_binary_repack, _fake_binary_repack),
     "binary_linear": (check_binary_linear, _fake_linear),
+    "binary_conv2d": (check_binary_conv2d, _fake_binary_conv2d),
 }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import blaq_kernels  # noqa: F401  (defines torch.ops.blaq)
 
-__all__ = ["binary_linear", "binary_repack", "blend", "fake_quantize", "fused_step", "fused_trial", "pack", "packed_conv2d",
+__all__ = ["binary_conv2d", "binary_linear", "binary_repack", "blend", "fake_quantize", "fused_step", "fused_trial", "pack", "packed_conv2d",
            "packed_linear", "repack", "scaled_update", "solve", "unpack"]
 
 _ops = torch.ops.blaq
@@ -193,7 +193,7 @@ def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
 
 
 def binary_repack(qweight: Tensor, in_features: int, taps: int = 1, groups: int = 1) -> Tensor:
-    """The 1-bit weight in the order that :func:`binary_linear` reads; made once, never saved.
+    """The 1-bit weight in the order that the binary ops read; made once, never saved.
 
     Args:
         qweight: uint8, ``[1, N, ceil(in_features/8)]``, contiguous.
@@ -226,3 +226,22 @@ def binary_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
         ``[..., N]``, dtype of ``input``.
     """
     return _ops.binary_linear.default(input, qweight, scale, bias, group_size, repacked)
+
+
+def binary_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                  group_size: int, kernel_size: Sequence[int], stride: Sequence[int] = (1, 1),
+                  padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1), groups: int = 1,
+                  repacked: Tensor | None = None) -> Tensor:
+    """``conv2d(sign(input), weight)`` from a 1-bit weight; signs and gradients as in
+    :func:`binary_linear`. Padding is 0 and adds nothing.
+
+    Args:
+        input: ``[batch, channels, height, width]``, floating point, contiguous or channels-last.
+        qweight: uint8, ``[1, out, ceil(K/8)]``, ``K = in/groups · kh · kw``, contiguous.
+        scale: float32 (float64 for a float64 ``input``).
+        bias: ``[out]``, dtype of ``input``.
+        group_size: 0 or -1.
+        repacked: :func:`binary_repack` of ``qweight``; without it every call makes it.
+    """
+    return _ops.binary_conv2d.default(input, qweight, scale, bias, group_size, kernel_size, stride,
+                                      padding, dilation, groups, repacked)
