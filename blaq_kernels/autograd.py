@@ -40,7 +40,7 @@ def _fake_quantize_backward(ctx, grad):
     return grad, grad_scale, None, None
 
 
-def _straight_through(grad: Tensor, input: Tensor) -> Tensor:
+def straight_through(grad: Tensor, input: Tensor) -> Tensor:
     """Gradient to what a sign was taken of: passed where ``|input| <= 1``, so not where it is NaN."""
     return torch.where(input.abs() <= 1, grad, 0.0)
 
@@ -84,7 +84,7 @@ def _binary_linear_backward(ctx, grad):
     input, qweight, scale = ctx.saved_tensors
     grad_input, *others = _linear_grads(ctx, grad, reference.signs(input), qweight, scale)
     if ctx.needs_input_grad[0]:
-        grad_input = _straight_through(grad_input, input)
+        grad_input = straight_through(grad_input, input)
     return grad_input, *others, None, None
 
 
@@ -130,7 +130,7 @@ def _binary_conv2d_backward(ctx, grad):
     input, qweight, scale = ctx.saved_tensors
     grad_input, *others = _conv2d_grads(ctx, grad, reference.signs(input), qweight, scale)
     if ctx.needs_input_grad[0]:
-        grad_input = _straight_through(grad_input, input)
+        grad_input = straight_through(grad_input, input)
     return grad_input, *others, *[None] * 7
 
 
