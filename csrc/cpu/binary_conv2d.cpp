@@ -97,10 +97,18 @@ void gather(const Conv& conv, const BinaryMatrix& weight, const uint64_t* bits, 
   const int64_t image = line / conv.out_height;
   const int64_t top = line % conv.out_height * conv.stride[0] - conv.padding[0];
   const int64_t left = place % conv.out_width * conv.stride[1] - conv.padding[1];
+  const bool inside = left >= 0 && left + conv.kernel[1] <= conv.width;
+  const bool in_one_run = inside && conv.dilation[1] == 1 && weight.groups == 1;
   int32_t tap = 0;
   padded.clear();
   for (int64_t i = 0; i < conv.kernel[0]; ++i) {
     const int64_t y = top + i * conv.dilation[0];
+    if (in_one_run && y >= 0 && y < conv.height) {
+      const int64_t run = conv.kernel[1] * words;
+      row = std::copy_n(bits + ((image * conv.height + y) * conv.width + left) * words, run, row);
+      tap += static_cast<int32_t>(conv.kernel[1]);
+      continue;
+    }
     for (int64_t j = 0; j < conv.kernel[1]; ++j, ++tap, row += words) {
       const int64_t x = left + j * conv.dilation[1];
       if (y < 0 || y >= conv.height || x < 0 || x >= conv.width) {
