@@ -2,6 +2,7 @@
 
 ``fake_quantize``: straight through to ``latent``; to ``scale`` the true derivative of level × scale
 with the codes held. ``packed_linear`` and ``packed_conv2d``: to input, scale and bias; codes have none.
+``binary_linear`` and ``binary_conv2d``: the same, straight through the sign to inputs in [-1, 1].
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ def _fake_quantize_backward(ctx, grad):
     return grad, grad_scale, None, None
 
 
+def straight_through(grad: Tensor, input: Tensor) -> Tensor:
+    """Gradient to what a sign was taken of: passed where ``|input| <= 1``, so not where it is NaN."""
+    return torch.where(input.abs() <= 1, grad, 0.0)
+
+
 def _linear_setup(ctx, inputs, output):
     input, qweight, scale, bias, ctx.levels, ctx.group_size, *_ = inputs
     ctx.has_bias = bias is not None
@@ -47,6 +53,11 @@ def _linear_setup(ctx, inputs, output):
 
 def _linear_backward(ctx, grad):
     input, qweight, scale = ctx.saved_tensors
+    return *_linear_grads(ctx, grad, input, qweight, scale), *[None] * 4
+
+
+def _linear_grads(ctx, grad, input, qweight, scale):
+    """Gradients to input, qweight, scale and bias."""
     in_features = input.shape[-1]
     flat = grad.reshape(-1, grad.shape[-1])
     grad_input = grad_scale = grad_bias = None
@@ -60,7 +71,21 @@ def _linear_backward(ctx, grad):
         grad_scale = _scale_grad(grad_weight, values, scale, ctx.group_size)
     if ctx.has_bias and ctx.needs_input_grad[3]:
         grad_bias = flat.sum(0)
-    return grad_input, None, grad_scale, grad_bias, *[None] * 4
+    return grad_input, None, grad_scale, grad_bias
+
+
+def _binary_linear_setup(ctx, inputs, output):
+    input, qweight, scale, bias, ctx.group_size, *_ = inputs
+    ctx.levels, ctx.has_bias = (1.0,), bias is not None
+    ctx.save_for_backward(input, qweight, scale)
+
+
+def _binary_linear_backward(ctx, grad):
+    input, qweight, scale = ctx.saved_tensors
+    grad_input, *others = _linear_grads(ctx, grad, reference.signs(input), qweight, scale)
+    if ctx.needs_input_grad[0]:
+        grad_input = straight_through(grad_input, input)
+    return grad_input, *others, None, None
 
 
 def _conv2d_setup(ctx, inputs, output):
@@ -72,6 +97,11 @@ def _conv2d_setup(ctx, inputs, output):
 
 def _conv2d_backward(ctx, grad):
     input, qweight, scale = ctx.saved_tensors
+    return *_conv2d_grads(ctx, grad, input, qweight, scale), *[None] * 9
+
+
+def _conv2d_grads(ctx, grad, input, qweight, scale):
+    """Gradients to input, qweight, scale and bias."""
     channels = input.shape[1] // ctx.groups
     in_features = channels * ctx.kernel_size[0] * ctx.kernel_size[1]
     shape = (qweight.shape[1], channels, *ctx.kernel_size)
@@ -86,7 +116,22 @@ def _conv2d_backward(ctx, grad):
     if ctx.needs_input_grad[2]:
         values = _unit_weight(qweight, scale, ctx.levels, ctx.group_size, in_features)
         grad_scale = _scale_grad(grad_weight.reshape(shape[0], -1), values, scale, ctx.group_size)
-    return grad_input, None, grad_scale, grad_bias, *[None] * 9
+    return grad_input, None, grad_scale, grad_bias
+
+
+def _binary_conv2d_setup(ctx, inputs, output):
+    (input, qweight, scale, bias, ctx.group_size, ctx.kernel_size, ctx.stride, ctx.padding,
+     ctx.dilation, ctx.groups, *_) = inputs
+    ctx.levels, ctx.has_bias = (1.0,), bias is not None
+    ctx.save_for_backward(input, qweight, scale)
+
+
+def _binary_conv2d_backward(ctx, grad):
+    input, qweight, scale = ctx.saved_tensors
+    grad_input, *others = _conv2d_grads(ctx, grad, reference.signs(input), qweight, scale)
+    if ctx.needs_input_grad[0]:
+        grad_input = straight_through(grad_input, input)
+    return grad_input, *others, *[None] * 7
 
 
 def register() -> None:
@@ -95,5 +140,7 @@ def register() -> None:
         ("fake_quantize", _fake_quantize_setup, _fake_quantize_backward),
         ("packed_linear", _linear_setup, _linear_backward),
         ("packed_conv2d", _conv2d_setup, _conv2d_backward),
+        ("binary_linear", _binary_linear_setup, _binary_linear_backward),
+        ("binary_conv2d", _binary_conv2d_setup, _binary_conv2d_backward),
     ):
         torch.library.register_autograd(f"blaq::{name}", backward, setup_context=setup, lib=LIBRARY)

@@ -335,3 +335,37 @@ def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
     weight = weight.reshape(qweight.shape[1], channels, *kernel_size)
     return torch.nn.functional.conv2d(input, weight, bias, list(stride), list(padding),
                                       list(dilation), groups)
+
+
+def signs(input: Tensor) -> Tensor:
+    """-1 where ``input < 0``, else 1: also for -0 and NaN."""
+    return torch.where(input < 0, -1.0, 1.0).to(input.dtype)
+
+
+def binary_repack(qweight: Tensor, in_features: int, taps: int, groups: int) -> Tensor:
+    """The bits of a 1-bit weight as words of 64 input channels: ``[groups, N/groups/8, taps,
+    channels/64, 8]``, the last the outputs of a block. Outputs past the last are it; bits past the last
+    channel are 0."""
+    n, channels = qweight.shape[1] // groups, in_features // taps
+    blocks, words = -(-n // 8), -(-channels // 64)
+    rows = torch.arange(blocks * 8, device=qweight.device).clamp(max=max(n - 1, 0))
+    bits = unpack_codes(qweight, in_features).long().reshape(groups, n, channels, taps)[:, rows]
+    bits = torch.nn.functional.pad(bits, (0, 0, 0, words * 64 - channels))
+    bits = bits.reshape(groups, blocks, 8, words, 64, taps)
+    place = torch.arange(64, device=qweight.device)[:, None]
+    return (bits << place).sum(4).permute(0, 1, 4, 3, 2).contiguous()
+
+
+def binary_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                  group_size: int, repacked: Tensor | None = None) -> Tensor:
+    """``packed_linear`` of the input's signs: XNOR-Net's product (Rastegari et al., 2016)."""
+    return packed_linear(signs(input), qweight, scale, bias, (1.0,), group_size)
+
+
+def binary_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                  group_size: int, kernel_size: Sequence[int], stride: Sequence[int],
+                  padding: Sequence[int], dilation: Sequence[int], groups: int,
+                  repacked: Tensor | None = None) -> Tensor:
+    """``packed_conv2d`` of the input's signs; padding is 0, so it adds nothing."""
+    return packed_conv2d(signs(input), qweight, scale, bias, (1.0,), group_size, kernel_size, stride,
+                         padding, dilation, groups)

@@ -56,6 +56,12 @@ SCHEMAS = {
     "packed_conv2d": "(Tensor input, Tensor qweight, Tensor scale, Tensor? bias, float[] levels, "
     "int group_size, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
     "int groups, Tensor? repacked=None, str accuracy='high') -> Tensor",
+    "binary_repack": "(Tensor qweight, int in_features, int taps, int groups) -> Tensor",
+    "binary_linear": "(Tensor input, Tensor qweight, Tensor scale, Tensor? bias, int group_size, "
+    "Tensor? repacked=None) -> Tensor",
+    "binary_conv2d": "(Tensor input, Tensor qweight, Tensor scale, Tensor? bias, int group_size, "
+    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    "Tensor? repacked=None) -> Tensor",
 }
 
 
@@ -355,6 +361,14 @@ def check_packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Ten
                         stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
                         groups: int, repacked: Tensor | None = None, accuracy: str = "high") -> None:
     op = "packed_conv2d"
+    _check_geometry(op, input, kernel_size, stride, padding, dilation, groups)
+    _check_conv_weight(op, input, qweight, scale, bias, levels, group_size, kernel_size, stride,
+                       padding, dilation, groups)
+    _check_repacked(op, repacked, qweight, accuracy)
+
+
+def _check_geometry(op: str, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int],
+                    padding: Sequence[int], dilation: Sequence[int], groups: int) -> None:
     require(input.dim() == 4, op, "input", "have 4 dimensions [batch, channels, height, width]",
             list(input.shape))
     _dtype_in(op, "input", input, FLOAT_DTYPES)
@@ -367,15 +381,76 @@ def check_packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Ten
     require(channels >= 1, op, "input", "have at least 1 channel", channels)
     require(channels % groups == 0, op, "input", f"have channels divisible by groups = {groups}",
             channels)
-    in_features = channels // groups * kernel_size[0] * kernel_size[1]
+
+
+def _check_conv_weight(op: str, input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                       levels: Sequence[float], group_size: int, kernel_size: Sequence[int],
+                       stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+                       groups: int) -> None:
+    in_features = input.shape[1] // groups * kernel_size[0] * kernel_size[1]
     _check_qweight(op, qweight, scale, levels, group_size, in_features, _scale_dtypes_for(input))
     require(qweight.shape[1] % groups == 0, op, "qweight",
             f"have rows divisible by groups = {groups}", qweight.shape[1])
     _check_packed_input(op, input, qweight, bias)
-    _check_repacked(op, repacked, qweight, accuracy)
     size = conv_output_size(input.shape[2:], kernel_size, stride, padding, dilation)
     require(size[0] >= 1 and size[1] >= 1, op, "input", "be at least as large as the kernel",
             list(input.shape[2:]))
+
+
+def check_binary_repack(qweight: Tensor, in_features: int, taps: int, groups: int) -> None:
+    op = "binary_repack"
+    _dtype_in(op, "qweight", qweight, (torch.uint8,))
+    _contiguous(op, "qweight", qweight)
+    require(in_features >= 0, op, "in_features", "be at least 0", in_features)
+    require(taps >= 1 and in_features % taps == 0, op, "taps",
+            f"divide in_features = {in_features}", taps)
+    bytes_ = -(-in_features // 8)
+    require(qweight.dim() == 3 and qweight.shape[0] == 1 and qweight.shape[2] == bytes_, op,
+            "qweight", f"have shape [1, N, {bytes_}]", list(qweight.shape))
+    require(groups >= 1 and qweight.shape[1] % groups == 0, op, "groups",
+            f"divide the rows of qweight = {qweight.shape[1]}", groups)
+
+
+def binary_shape(n: int, in_features: int, taps: int, groups: int) -> tuple[int, ...]:
+    """Shape of a 1-bit weight of n rows that is repacked: group, 8 outputs, tap, 64 channels, output."""
+    return groups, -(-n // groups // 8), taps, -(-in_features // taps // 64), 8
+
+
+def _check_binary_repacked(op: str, repacked: Tensor | None, qweight: Tensor, in_features: int,
+                           taps: int, groups: int) -> None:
+    if repacked is not None:
+        _dtype_in(op, "repacked", repacked, (torch.int64,))
+        _contiguous(op, "repacked", repacked)
+        shape = binary_shape(qweight.shape[1], in_features, taps, groups)
+        require(tuple(repacked.shape) == shape, op, "repacked", f"have shape {list(shape)}",
+                list(repacked.shape))
+
+
+def check_binary_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                        group_size: int, repacked: Tensor | None = None) -> None:
+    op = "binary_linear"
+    require(input.dim() >= 1, op, "input", "have at least 1 dimension", input.dim())
+    _dtype_in(op, "input", input, FLOAT_DTYPES)
+    require(group_size >= -1 and (group_size <= 0 or group_size % 64 == 0), op, "group_size",
+            "be 0, -1 or a multiple of 64", group_size)
+    in_features = input.shape[-1]
+    _check_qweight(op, qweight, scale, (1.0,), group_size, in_features, _scale_dtypes_for(input))
+    _check_packed_input(op, input, qweight, bias)
+    _check_binary_repacked(op, repacked, qweight, in_features, 1, 1)
+
+
+def check_binary_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                        group_size: int, kernel_size: Sequence[int], stride: Sequence[int],
+                        padding: Sequence[int], dilation: Sequence[int], groups: int,
+                        repacked: Tensor | None = None) -> None:
+    op = "binary_conv2d"
+    _check_geometry(op, input, kernel_size, stride, padding, dilation, groups)
+    require(group_size in (0, -1), op, "group_size", "be 0 or -1", group_size)
+    _check_conv_weight(op, input, qweight, scale, bias, (1.0,), group_size, kernel_size, stride,
+                       padding, dilation, groups)
+    taps = kernel_size[0] * kernel_size[1]
+    in_features = input.shape[1] // groups * taps
+    _check_binary_repacked(op, repacked, qweight, in_features, taps, groups)
 
 
 def conv_output_size(size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int],
@@ -416,11 +491,20 @@ def _fake_linear(input, qweight, *_, **__):
     return input.new_empty((*input.shape[:-1], qweight.shape[1]))
 
 
+def _fake_binary_repack(qweight, in_features, taps, groups):
+    shape = binary_shape(qweight.shape[1], in_features, taps, groups)
+    return qweight.new_empty(shape, dtype=torch.int64)
+
+
 def _fake_conv2d(input, qweight, scale, bias, levels, group_size, kernel_size, stride, padding,
                  dilation, groups, *_, **__):
     size = conv_output_size(input.shape[2:], kernel_size, stride, padding, dilation)
     return torch.empty((input.shape[0], qweight.shape[1], *size), dtype=input.dtype,
                        device=input.device, memory_format=memory_format(input))
+
+
+def _fake_binary_conv2d(input, qweight, scale, bias, group_size, *geometry, **_):
+    return _fake_conv2d(input, qweight, scale, bias, (1.0,), group_size, *geometry[:5])
 
 
 FAKES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
@@ -435,6 +519,9 @@ FAKES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "repack": (check_repack, _fake_repack),
     "packed_linear": (check_packed_linear, _fake_linear),
     "packed_conv2d": (check_packed_conv2d, _fake_conv2d),
+    "binary_repack": (check_binary_repack, _fake_binary_repack),
+    "binary_linear": (check_binary_linear, _fake_linear),
+    "binary_conv2d": (check_binary_conv2d, _fake_binary_conv2d),
 }
 
 

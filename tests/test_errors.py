@@ -33,6 +33,10 @@ def packed():
             "scale": torch.rand(4, 1), "levels": [0.5, 1.0], "group_size": -1}
 
 
+def binary():
+    return {"qweight": torch.randint(0, 256, (1, 4, 3), dtype=torch.uint8), "scale": torch.rand(4, 1)}
+
+
 VALID = {
     "scaled_update": lambda: {k: torch.rand(3, 4) for k in ("latent", "grad", "curvature")},
     "blend": lambda: {"current": torch.rand(3, 4), "trial": torch.rand(3, 4), "backtrack": 0.6},
@@ -49,6 +53,12 @@ VALID = {
     "packed_conv2d": lambda: {"input": torch.rand(1, 6, 5, 5), **packed(), "bias": torch.rand(4),
                               "kernel_size": [2, 2], "stride": [1, 1], "padding": [0, 0],
                               "dilation": [1, 1], "groups": 1},
+    "binary_repack": lambda: {"qweight": binary()["qweight"], "in_features": 24, "taps": 4, "groups": 2},
+    "binary_linear": lambda: {"input": torch.rand(2, 24), **binary(), "bias": torch.rand(4),
+                              "group_size": -1},
+    "binary_conv2d": lambda: {"input": torch.rand(1, 6, 5, 5), **binary(), "bias": torch.rand(4),
+                              "group_size": -1, "kernel_size": [2, 2], "stride": [1, 1],
+                              "padding": [0, 0], "dilation": [1, 1], "groups": 1},
 }
 LEVELS = "levels must have 1 to {} ascending magnitudes in [0, 1], the largest 1.0, got "
 SOLVER = [
@@ -107,6 +117,31 @@ QWEIGHT = [
      "qweight must be contiguous, got strides [12, 1, 4]"),
     ({"scale": torch.ones(4)}, "scale must have shape [4, 1], got [4]"),
     ({"scale": torch.ones(4, 1).half()}, "scale must be float32"),
+]
+BINARY = [
+    ({"qweight": torch.zeros(1, 4, 3)}, "qweight must be uint8, got float32"),
+    ({"qweight": torch.zeros(2, 4, 3, dtype=torch.uint8)},
+     "qweight must have 1 planes for 1 levels, got 2"),
+    ({"qweight": torch.zeros(1, 4, 4, dtype=torch.uint8)},
+     "qweight must have 3 bytes a row for K = 24, got 4"),
+    ({"scale": torch.ones(4)}, "scale must have shape [4, 1], got [4]"),
+    ({"scale": torch.ones(4, 1).double()}, "scale must be float32"),
+    ({"bias": torch.rand(5)}, "bias must have shape [4], got [5]"),
+    ({"bias": torch.rand(4).half()}, "bias must be float32, got float16"),
+    ({"repacked": torch.zeros(1, 1, 1, 1, 8)}, "repacked must be int64, got float32"),
+]
+GEOMETRY = [
+    ({"input": torch.rand(6, 5, 5)},
+     "input must have 4 dimensions [batch, channels, height, width], got [6, 5, 5]"),
+    ({"kernel_size": [0, 2]}, "kernel_size must be two integers of at least 1, got [0, 2]"),
+    ({"stride": [1, 0]}, "stride must be two integers of at least 1, got [1, 0]"),
+    ({"padding": [-1, 0]}, "padding must be two integers of at least 0, got [-1, 0]"),
+    ({"dilation": [0, 1]}, "dilation must be two integers of at least 1, got [0, 1]"),
+    ({"groups": 0}, "groups must be at least 1, got 0"),
+    ({"input": torch.rand(1, 0, 5, 5)}, "input must have at least 1 channel, got 0"),
+    ({"groups": 4}, "input must have channels divisible by groups = 4, got 6"),
+    ({"input": torch.rand(1, 8, 5, 5)}, "qweight must have 4 bytes a row for K = 32, got 3"),
+    ({"input": torch.rand(1, 6, 1, 5)}, "input must be at least as large as the kernel, got [1, 5]"),
 ]
 BAD = {
     "scaled_update": [
@@ -176,18 +211,37 @@ BAD = {
     ],
     "packed_conv2d": [
         *QWEIGHT,
-        ({"input": torch.rand(6, 5, 5)},
-         "input must have 4 dimensions [batch, channels, height, width], got [6, 5, 5]"),
-        ({"kernel_size": [0, 2]}, "kernel_size must be two integers of at least 1, got [0, 2]"),
-        ({"stride": [1, 0]}, "stride must be two integers of at least 1, got [1, 0]"),
-        ({"padding": [-1, 0]}, "padding must be two integers of at least 0, got [-1, 0]"),
-        ({"dilation": [0, 1]}, "dilation must be two integers of at least 1, got [0, 1]"),
-        ({"groups": 0}, "groups must be at least 1, got 0"),
-        ({"input": torch.rand(1, 0, 5, 5)}, "input must have at least 1 channel, got 0"),
-        ({"groups": 4}, "input must have channels divisible by groups = 4, got 6"),
-        ({"input": torch.rand(1, 8, 5, 5)}, "qweight must have 4 bytes a row for K = 32, got 3"),
-        ({"input": torch.rand(1, 6, 1, 5)}, "input must be at least as large as the kernel, got [1, 5]"),
+        *GEOMETRY,
         ({"bias": torch.rand(5)}, "bias must have shape [4], got [5]"),
+    ],
+    "binary_repack": [
+        ({"qweight": torch.zeros(1, 4, 3)}, "qweight must be uint8, got float32"),
+        ({"qweight": torch.zeros(2, 4, 3, dtype=torch.uint8)},
+         "qweight must have shape [1, N, 3], got [2, 4, 3]"),
+        ({"in_features": 28}, "qweight must have shape [1, N, 4], got [1, 4, 3]"),
+        ({"in_features": -1}, "in_features must be at least 0, got -1"),
+        ({"taps": 5}, "taps must divide in_features = 24, got 5"),
+        ({"taps": 0}, "taps must divide in_features = 24, got 0"),
+        ({"groups": 3}, "groups must divide the rows of qweight = 4, got 3"),
+    ],
+    "binary_linear": [
+        *BINARY,
+        ({"group_size": -2}, "group_size must be 0, -1 or a multiple of 64, got -2"),
+        ({"group_size": 32}, "group_size must be 0, -1 or a multiple of 64, got 32"),
+        ({"input": torch.tensor(1.0)}, "input must have at least 1 dimension, got 0"),
+        ({"input": torch.ones(2, 24, dtype=torch.int32)}, "input must be float32 or bfloat16 or "
+         "float16 or float64, got int32"),
+        ({"input": torch.rand(2, 25)}, "qweight must have 4 bytes a row for K = 25, got 3"),
+        ({"repacked": torch.zeros(1, 2, 1, 1, 8, dtype=torch.int64)},
+         "repacked must have shape [1, 1, 1, 1, 8], got [1, 2, 1, 1, 8]"),
+    ],
+    "binary_conv2d": [
+        *BINARY,
+        *GEOMETRY,
+        ({"group_size": -2}, "group_size must be 0 or -1, got -2"),
+        ({"group_size": 64}, "group_size must be 0 or -1, got 64"),
+        ({"repacked": torch.zeros(1, 1, 1, 1, 8, dtype=torch.int64)},
+         "repacked must have shape [1, 1, 4, 1, 8], got [1, 1, 1, 1, 8]"),
     ],
 }
 CASES = [pytest.param(op, change, message, id=f"{op}-{'-'.join(change)}-{i}")

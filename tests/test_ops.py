@@ -64,6 +64,12 @@ OPCHECK_CASES = {
     "packed_conv2d": lambda: ((torch.randn(2, 4, 6, 5, requires_grad=True),
                                *packed_weight(6, 18, "pow2", 2, -1)[:2], torch.randn(6), [0.5, 1.0],
                                -1, [3, 3], [2, 1], [1, 0], [1, 2], 2), {}),
+    "binary_repack": lambda: ((packed_weight(6, 18, "pow2", 1, 0)[0], 18, 9, 2), {}),
+    "binary_linear": lambda: ((torch.randn(2, 70, requires_grad=True),
+                               *packed_weight(3, 70, "pow2", 1, 64)[:2], torch.randn(3), 64), {}),
+    "binary_conv2d": lambda: ((torch.randn(2, 4, 6, 5, requires_grad=True),
+                               *packed_weight(6, 18, "pow2", 1, -1)[:2], torch.randn(6), -1, [3, 3],
+                               [2, 1], [1, 0], [1, 2], 2), {}),
 }
 
 
@@ -195,3 +201,18 @@ def test_fullgraph_compile_of_packed_ops():
     x = torch.randn(2, 2, 5, 5)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_fullgraph_compile_of_binary_ops():
+    qweight, scale, _ = packed_weight(6, 18, "pow2", 1, -1)
+    fc, fc_scale, _ = packed_weight(3, 6, "pow2", 1, -1)
+
+    def model(x):
+        y = torch.ops.blaq.binary_conv2d(x, qweight, scale, None, -1, [3, 3], [1, 1], [1, 1], [1, 1], 1)
+        return torch.ops.blaq.binary_linear(y.mean((2, 3)), fc, fc_scale, None, -1)
+
+    x = torch.randn(2, 2, 5, 5, requires_grad=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    gradients = [torch.autograd.grad(f(x).sum(), x)[0] for f in (compiled, model)]
+    torch.testing.assert_close(*gradients)

@@ -4,6 +4,7 @@ import blaq_kernels
 
 from . import functional
 from .accuracy import get_accuracy, set_accuracy
+from .binary import BinaryActivation, PackedBinaryConv2d, PackedBinaryLinear
 from .codebook import bits_of, levels_for, levels_of
 from .convert import pack, unpack
 from .io import PackedFile, inspect, load, save
@@ -16,11 +17,11 @@ from .summary import LayerSummary, Summary, summary
 from .trial import RandomState, trial_pass
 
 __all__ = [
-    "AmplitudeTracker", "BLAQ", "LayerSummary", "OscillationTracker", "PackedConv2d",
-    "PackedFile", "PackedLinear", "Quantization", "RandomState", "Summary", "bits_of",
-    "flip_ratio", "functional", "get_accuracy", "inspect", "levels_for", "levels_of", "load",
-    "pack", "param_groups", "quantization_of", "save", "set_accuracy", "summary", "trial_pass",
-    "unpack",
+    "AmplitudeTracker", "BLAQ", "BinaryActivation", "LayerSummary", "OscillationTracker",
+    "PackedBinaryConv2d", "PackedBinaryLinear", "PackedConv2d", "PackedFile", "PackedLinear",
+    "Quantization", "RandomState", "Summary", "bits_of", "flip_ratio", "functional",
+    "get_accuracy", "inspect", "levels_for", "levels_of", "load", "pack", "param_groups",
+    "quantization_of", "save", "set_accuracy", "summary", "trial_pass", "unpack",
 ]
 
 __version__ = blaq_kernels.__version__

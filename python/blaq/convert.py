@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from blaq_kernels.codebook import MAX_LEVELS
 from blaq_kernels.schemas import require
 
+from .binary import binarize
 from .codebook import levels_for
 from .encoding import recover_scale
 from .nn import PackedConv2d, PackedLayer, PackedLinear
@@ -32,6 +33,9 @@ def pack(model: nn.Module, *, bits: int | None = None, codebook: str | Sequence[
 
     The model is changed in place and returned; a model that is itself a layer is returned packed.
     Every layer is packed and compared with its float weight, bit for bit, before any is replaced.
+
+    A layer with 1-bit weights that follows a :class:`blaq.BinaryActivation` in an ``nn.Sequential``
+    becomes one that multiplies bits by bits.
 
     Without ``bits``, the layers that a BLAQ optimizer quantized are packed as it quantized them.
     With ``bits``, every layer is, by its values alone: for a model loaded from a float checkpoint,
@@ -76,7 +80,8 @@ def pack(model: nn.Module, *, bits: int | None = None, codebook: str | Sequence[
         packed[layer] = PACKED_OF[type(layer)].from_float(layer, quantization,
                                                           f"{name}.weight".lstrip("."))
     _share(packed, "weight", ("qweight", "scale"))
-    return replace(model, packed)
+    model = replace(model, packed)
+    return replace(model, binarize(model))
 
 
 @torch.no_grad()

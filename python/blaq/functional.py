@@ -18,7 +18,7 @@ from torch import Tensor
 
 import blaq_kernels  # noqa: F401  (defines torch.ops.blaq)
 
-__all__ = ["blend", "fake_quantize", "fused_step", "fused_trial", "pack", "packed_conv2d",
+__all__ = ["binary_conv2d", "binary_linear", "binary_repack", "blend", "fake_quantize", "fused_step", "fused_trial", "pack", "packed_conv2d",
            "packed_linear", "repack", "scaled_update", "solve", "unpack"]
 
 _ops = torch.ops.blaq
@@ -192,3 +192,58 @@ def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
     """
     return _ops.packed_conv2d.default(input, qweight, scale, bias, levels, group_size, kernel_size,
                                       stride, padding, dilation, groups, repacked, accuracy)
+
+
+def binary_repack(qweight: Tensor, in_features: int, taps: int = 1, groups: int = 1) -> Tensor:
+    """The 1-bit weight in the order that the binary ops read; made once, never saved.
+
+    Args:
+        qweight: uint8, ``[1, N, ceil(in_features/8)]``, contiguous.
+        taps: of the convolution, ``kh · kw``; they divide ``in_features``.
+        groups: of the convolution.
+
+    Returns:
+        int64, ``[groups, ceil(N/groups/8), taps, ceil(in_features/taps/64), 8]``.
+    """
+    return _ops.binary_repack.default(qweight, in_features, taps, groups)
+
+
+def binary_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                  group_size: int = 0, repacked: Tensor | None = None) -> Tensor:
+    """``sign(input) @ weight.T + bias`` from a 1-bit weight, by xor and a count of bits: the product of
+    XNOR-Net (Rastegari et al., 2016).
+
+    The sign is -1 where ``input < 0``, else 1: also for -0 and NaN. Its gradient is straight through
+    to inputs in [-1, 1]; scale and bias get the true one.
+
+    Args:
+        input: ``[..., K]``, floating point.
+        qweight: uint8, ``[1, N, ceil(K/8)]``, contiguous.
+        scale: float32 (float64 for a float64 ``input``).
+        bias: ``[N]``, dtype of ``input``.
+        group_size: 0, -1 or a multiple of 64.
+        repacked: :func:`binary_repack` of ``qweight``; without it every call makes it.
+
+    Returns:
+        ``[..., N]``, dtype of ``input``.
+    """
+    return _ops.binary_linear.default(input, qweight, scale, bias, group_size, repacked)
+
+
+def binary_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                  group_size: int, kernel_size: Sequence[int], stride: Sequence[int] = (1, 1),
+                  padding: Sequence[int] = (0, 0), dilation: Sequence[int] = (1, 1), groups: int = 1,
+                  repacked: Tensor | None = None) -> Tensor:
+    """``conv2d(sign(input), weight)`` from a 1-bit weight; signs and gradients as in
+    :func:`binary_linear`. Padding is 0 and adds nothing.
+
+    Args:
+        input: ``[batch, channels, height, width]``, floating point, contiguous or channels-last.
+        qweight: uint8, ``[1, out, ceil(K/8)]``, ``K = in/groups · kh · kw``, contiguous.
+        scale: float32 (float64 for a float64 ``input``).
+        bias: ``[out]``, dtype of ``input``.
+        group_size: 0 or -1.
+        repacked: :func:`binary_repack` of ``qweight``; without it every call makes it.
+    """
+    return _ops.binary_conv2d.default(input, qweight, scale, bias, group_size, kernel_size, stride,
+                                      padding, dilation, groups, repacked)

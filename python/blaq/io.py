@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .binary import BINARY_OF, binarize
 from .convert import replace
 from .format import (
     DTYPES,
@@ -125,6 +126,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     loaded = replace(model, new)
     assign = any(value.is_meta for value in others.values())
     loaded.load_state_dict({name: tensors[name] for name in others}, strict=False, assign=assign)
+    replace(loaded, binarize(loaded))
     return compiled if loaded is model else loaded
 
 
@@ -263,7 +265,7 @@ def _match_layers(file: PackedFile, model: nn.Module, require: Require) -> dict[
     for name, spec in file.layers.items():
         kind, old = KINDS[spec.kind], modules.get(name)
         what = name or "model"
-        require(type(old) in (kind, kind.FLOAT), what,
+        require(type(old) in (kind, kind.FLOAT, BINARY_OF[kind]), what,
                 f"be a {kind.FLOAT.__name__} of the model, as blaq.config has it",
                 "no such module" if old is None else type(old).__name__)
         shape = old.weight_shape if isinstance(old, PackedLayer) else tuple(old.weight.shape)

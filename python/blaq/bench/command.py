@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from .binary import TABLES as BINARY
 from .case import AXES, Case, Result, Row, Table, run_case
 from .machine import Environment, describe
 from .output import format_result, format_verdicts, write_csv, write_json
@@ -32,7 +33,7 @@ from .training import TABLES as TRAINING
 
 __all__ = ["TABLES", "add_arguments", "run"]
 
-TABLES: dict[str, Table] = {**TRAINING, **PACKED}
+TABLES: dict[str, Table] = {**TRAINING, **PACKED, **BINARY}
 BUSY = 0.5
 
 
