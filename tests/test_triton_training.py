@@ -486,6 +486,36 @@ def test_tables_are_kept_by_their_addresses():
     assert kept < len(plan.tables._kept) <= 2 * kept <= plan.KEPT
 
 
+def test_a_table_that_a_graph_reads_stays(monkeypatch):
+    """Also where an eager call made it; one that a graph uploads is not there before a replay."""
+    tables, captures = plan.Tables(), False
+    monkeypatch.setattr(plan.launch, "capturing", lambda device: captures)
+    part, = plan.parts((((4, 8), torch.float32, True),), -1)
+    device = torch.device("cpu")
+
+    def get(start):
+        return tables.get(part, device, [(start + i,) for i in range(7)])[0]
+
+    eager = get(0)
+    captures = True
+    assert get(0) is eager and get(16) is not get(16)
+    captures = False
+    for start in range(32, 32 + plan.KEPT + 1):
+        get(start)
+    assert get(0) is not eager and any(kept.there is eager for kept in tables._captured.values())
+    assert not any(kept.there is get(16) for kept in tables._captured.values())
+
+
+def test_another_stream_does_not_read_a_table_that_may_not_be_there(monkeypatch):
+    tables, stream = plan.Tables(), 1
+    monkeypatch.setattr(plan.launch, "stream_of", lambda device: stream)
+    part, = plan.parts((((4, 8), torch.float32, True),), -1)
+    first = tables.get(part, torch.device("cpu"), [(0,)] * 7)[0]
+    assert tables.get(part, torch.device("cpu"), [(0,)] * 7)[0] is first
+    stream = 2
+    assert tables.get(part, torch.device("cpu"), [(0,)] * 7)[0] is not first
+
+
 def test_a_known_list_is_still_checked_for_what_may_have_changed():
     levels = [0.5, 1.0]
     state = make_state(levels, -1, torch.float32, [(3, 10), (4,)])

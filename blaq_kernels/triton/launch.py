@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
 
 from ..schemas import require
 
@@ -24,7 +25,19 @@ def check_device(op: str, name: str, x: Tensor) -> None:
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Makes the device of ``x`` current: Triton launches on the current device and stream."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a device, as a number."""
+    return driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph takes what the current stream of the current device is given."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def on_same_device(x: Tensor, device: torch.device) -> Tensor:
