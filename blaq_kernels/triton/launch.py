@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -51,3 +53,28 @@ def on_same_device(x: Tensor, device: torch.device) -> Tensor:
 def aligned(*tensors: Tensor) -> bool:
     """Whether every tensor begins where a 128-bit load may."""
     return all(x.data_ptr() % 16 == 0 for x in tensors)
+
+
+class Launch:
+    """A kernel with all its arguments but the tensors, whose types stay those of the first call.
+
+    Triton looks at every argument of every call for the machine code that fits, which takes longer
+    than a small product. Here only addresses differ from call to call, and of those only whether each
+    is a multiple of 16: where all are, what was compiled once is launched.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], *rest: Any, num_warps: int) -> None:
+        self._kernel, self._grid, self._rest, self._warps = kernel, grid, rest, num_warps
+        self._compiled: Callable[..., None] | None = None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        addresses = 0
+        for x in tensors:
+            if x is not None:
+                addresses |= x.data_ptr()
+        if self._compiled is not None and addresses % 16 == 0:
+            self._compiled(*tensors, *self._rest)
+            return
+        compiled = self._kernel[self._grid](*tensors, *self._rest, num_warps=self._warps)
+        if compiled is not None and addresses % 16 == 0:  # the interpreter compiles nothing
+            self._compiled = compiled[self._grid]
