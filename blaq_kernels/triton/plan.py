@@ -65,7 +65,7 @@ class Shape:
         return self.groups // self.per_row * self.row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """Weights that one launch takes: of one dtype, all short or all long, all aligned or none."""
 
@@ -139,22 +139,21 @@ class Tables:
         self._kept: OrderedDict[object, Upload] = OrderedDict()
         self._captured: dict[int, Upload] = {}
 
-    def get(self, part: Part, device: torch.device,
-            columns: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def get(self, part: Part, device: torch.device, columns: Sequence[Sequence[int]],
+            key: object = None) -> tuple[Tensor, Tensor]:
         """Table and program map of a part. ``columns``: the addresses, of whole lists, in the order
-        of the table's columns; an empty one stays zero."""
-        addresses = tuple(tuple(column[i] for i in part.indices) if column else ()
-                          for column in columns)
-
+        of the table's columns; an empty one stays zero. ``key``: an object that stands for them, where
+        comparing so many takes too long."""
         def table() -> np.ndarray:
             values = part.table.copy()
-            for c, column in enumerate(addresses):
+            for c, column in enumerate(columns):
                 if column:
-                    values[:, c] = column
+                    values[:, c] = [column[i] for i in part.indices]
             return values
 
         # The map is long and has no address: gradients that move from step to step leave it there.
-        return (self._there((id(part), device, addresses), part, device, table),
+        key = tuple(map(tuple, columns)) if key is None else key
+        return (self._there((id(part), device, key), part, device, table),
                 self._there((id(part), device), part, device, lambda: part.programs))
 
     def _there(self, key: object, part: Part, device: torch.device,
