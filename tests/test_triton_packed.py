@@ -320,26 +320,6 @@ def test_two_weights_in_a_register_keep_apart():
             assert np.array_equal(both, each)
 
 
-def test_compiled_code_is_launched_where_addresses_allow():
-    """What was compiled for addresses that are multiples of 16 meets no others."""
-    seen = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *args, **options: seen.append(("Triton", grid, options)) or Compiled()
-
-    class Compiled:
-        def __getitem__(self, grid):
-            return lambda *args: seen.append((grid, args[-1]))
-
-    run = launch.Launch(Kernel(), (2, 1, 1), 7, num_warps=4)
-    aligned = torch.empty(64, device=DEVICE)
-    for x in (aligned[1:], aligned, aligned, aligned[1:]):
-        run(x, None)
-    triton = ("Triton", (2, 1, 1), {"num_warps": 4})
-    assert seen == [triton, triton, ((2, 1, 1), 7), triton]
-
-
 def test_plans():
     """Small batches decode in registers, large ones once; k is split until the GPU is full."""
     h200 = Target(9, 132)
