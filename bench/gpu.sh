@@ -61,7 +61,7 @@ tests() {
 timeout "$(least 150)" $PYTHON bench/gpu_small.py > "$OUT/small.log" 2>&1 &
 small=$!
 tests test_gpu 110 tests/test_gpu.py
-tests tests 120 tests/test_triton_{packed,conv2d,training}.py tests --ignore=tests/test_gpu.py --ignore=tests/test_demo.py \
+tests tests 120 tests/test_triton_{packed,conv2d,training,lists}.py tests --ignore=tests/test_gpu.py --ignore=tests/test_demo.py \
   --ignore=tests/test_bench.py --ignore=tests/test_triton_contract.py
 wait $small
 say "a small case of every kernel" $?
