@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from blaq.bench.machine import describe
 from blaq_kernels.codebook import levels_of
 
 LINEAR_SHARE = 0.5  # of the time, for products; the steps get the rest
+Task = tuple[str, Callable[[], list[dict[str, Any]]]]  # a case and its rows
 
 
 def rows_of(section: str, case: str, variants: dict[str, Variant], deadline: float,
@@ -42,35 +44,49 @@ def rows_of(section: str, case: str, variants: dict[str, Variant], deadline: flo
     return rows
 
 
-def linear(deadline: float) -> list[dict[str, Any]]:
-    rows = []
+def linear(deadline: float) -> Iterator[Task]:
     for case in gpu_linear.cases():
         if time.monotonic() > deadline:
             break
-        variants, error = gpu_linear.build(case)
-        rows += rows_of("packed_linear", case[0], variants, deadline, error=error)
-        del variants
-    return rows
+
+        def task(case: gpu_linear.Case = case) -> list[dict[str, Any]]:
+            variants, extra = gpu_linear.build(case)
+            return rows_of("packed_linear", case[0], variants, deadline, **extra)
+
+        yield case[0], task
 
 
-def steps(deadline: float) -> list[dict[str, Any]]:
-    rows = []
+def steps(deadline: float) -> Iterator[Task]:
     for name, shapes in gpu_step.SIZES.items():
         for bits, group_size in ((1, 0), (2, -1), (4, 0)):
             count = sum(torch.Size(s).numel() for s in shapes)
             torch.cuda.empty_cache()
             if time.monotonic() > deadline or 48 * count > torch.cuda.mem_get_info()[0]:
                 continue
-            variants = gpu_step.build(shapes, bits, group_size)
-            if bits == 1:
-                variants |= gpu_step.adamw(shapes)
-            rows += rows_of("step", f"{name} W{bits} group {group_size}", variants, deadline,
-                            parameters=count)
-            del variants
+            case = f"{name} W{bits} group {group_size}"
+
+            def task(case: str = case, shapes: gpu_step.Shapes = shapes, bits: int = bits,
+                     group_size: int = group_size, count: int = count) -> list[dict[str, Any]]:
+                variants = gpu_step.build(shapes, bits, group_size)
+                if bits == 1:
+                    variants |= gpu_step.adamw(shapes)
+                return rows_of("step", case, variants, deadline, parameters=count)
+
+            yield case, task
     if time.monotonic() + 60 < deadline:  # compiling takes most of it
-        rows += rows_of("step", "10M W2 group -1", gpu_step.compiled(gpu_step.SIZES["10M"], 2, -1),
-                        deadline, parameters=10 * gpu_step.MILLION)
-    return rows
+        yield "10M W2 group -1, compiled", lambda: rows_of(
+            "step", "10M W2 group -1", gpu_step.compiled(gpu_step.SIZES["10M"], 2, -1), deadline,
+            parameters=10 * gpu_step.MILLION)
+
+
+def collect(tasks: Iterator[Task], report: dict[str, Any]) -> None:
+    """Runs the cases; one that fails is named, and takes no other with it."""
+    for name, task in tasks:
+        try:
+            report["rows"] += task()
+        except Exception as error:
+            report.setdefault("failures", {})[name] = f"{type(error).__name__}: {error}"
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
 
 
 def overheads() -> dict[str, float]:
@@ -110,17 +126,17 @@ def main() -> None:
                  "bfloat16_operations_per_second": gemm_rate(torch.bfloat16),
                  "float16_operations_per_second": gemm_rate(torch.float16)},
         "rows": []}
-    sections = (("overheads", lambda: report.__setitem__("host_microseconds", overheads())),
-                ("packed_linear", lambda: report["rows"].extend(
-                    linear(start + LINEAR_SHARE * args.seconds))),
-                ("steps", lambda: report["rows"].extend(steps(end - 5))))
-    for name, section in sections:
+
+    def overhead() -> list[dict[str, Any]]:
+        report["host_microseconds"] = overheads()
+        return []
+
+    sections = {"overheads": lambda: iter([("overheads", overhead)]),
+                "packed_linear": lambda: linear(start + LINEAR_SHARE * args.seconds),
+                "steps": lambda: steps(end - 5)}
+    for name, tasks in sections.items():
         with torch.no_grad():
-            try:
-                section()
-            except Exception as error:  # the others' results are worth keeping
-                report.setdefault("failures", {})[name] = f"{type(error).__name__}: {error}"
-                print(f"{name}: {type(error).__name__}: {error}", flush=True)
+            collect(tasks(), report)
         write(args.out, report)  # after every section, so that a kill loses one
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     print(json.dumps(report["card"]))

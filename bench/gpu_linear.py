@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from gpu_timing import Variant, copies
 from torch import Tensor
 
+import blaq_kernels
 from blaq_kernels.codebook import levels_of
 
 BATCHES = (1, 16, 64, 256, 1024, 4096)
@@ -37,8 +38,8 @@ def random_weight(n: int, k: int, bits: int) -> tuple[Tensor, Tensor]:
     return qweight, torch.rand(n, 1, device="cuda") * 0.05 + 0.01
 
 
-def build(case: Case) -> tuple[dict[str, Variant], float]:
-    """The variants of a case, and the error of ours: norm over norm, against float64."""
+def build(case: Case) -> tuple[dict[str, Variant], dict[str, object]]:
+    """The variants of a case; the error of ours, norm over norm, against float64; what served it."""
     _, m, n, k, bits, dtype = case
     levels = levels_of("pow2", bits)
     op, size = torch.ops.blaq.packed_linear.default, torch.empty(0, dtype=dtype).element_size()
@@ -60,7 +61,20 @@ def build(case: Case) -> tuple[dict[str, Variant], float]:
         for name in PEERS:
             if call := peer(name, x, dense[0]):
                 variants[name] = Variant([call], captured=False)
-    return variants, error
+    return variants, {"error": error, "kernel": kernel_of(m, n, k, levels, x)}
+
+
+def kernel_of(m: int, n: int, k: int, levels: Sequence[float], x: Tensor) -> str:
+    """Which way a product with a scale for each row goes, in words."""
+    if blaq_kernels.serving("cuda")["packed_linear"] != "Triton":
+        return "reference"
+    from blaq_kernels.triton import decode, linear_plans
+
+    plan = linear_plans.plan_for(m, n, k, -1, x.dtype, decode.kind_of(levels) != decode.TABLE,
+                                 linear_plans.target_of(x))
+    if plan is None:
+        return "unpack, then torch"
+    return f"Triton {plan.rows}x{plan.cols}x{8 * plan.bytes}, {plan.splits} parts of K"
 
 
 def peer(name: str, x: Tensor, weight: Tensor) -> Callable[[], object] | None:

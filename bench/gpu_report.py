@@ -53,6 +53,7 @@ def markdown(report: Report) -> Iterator[str]:
 def _line(row: Report, own: float | None, copy: float) -> str:
     seconds, mine = row["microseconds"] * 1e-6, row["variant"] == "blaq"
     variant = row["variant"] + ("" if row["graph"] else " (eager)")
+    variant += f": {row['kernel']}" if mine and "kernel" in row else ""
     ratio = f"{row['microseconds'] / own:.2f}×" if own and not mine else ""
     bandwidth = f"{row['bytes'] / seconds / copy:.0%}" if row["bytes"] else ""
     rate = f"{row['operations'] / seconds / 1e12:.1f}" if row["operations"] else ""

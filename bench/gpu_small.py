@@ -16,7 +16,8 @@ def main() -> None:
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(shape, device="cuda").to(dtype)
 
-    latent, curvature = normal(33, 210), normal(33, 210).abs() + 0.1
+    n, k = 45, 210  # together more than a short group: one scale for all takes the kernels of long ones
+    latent, curvature = normal(n, k), normal(n, k).abs() + 0.1
     ops.scaled_update(latent, latent, curvature)
     ops.blend(latent, curvature, 0.6)
     for group_size in (0, -1, 32):
@@ -24,18 +25,25 @@ def main() -> None:
             codes, scale = ops.solve(latent, curvature, None, levels, group_size, 3, method)
         qweight = ops.pack(codes, 2)
         ops.fake_quantize(latent, scale, levels, group_size)
-        ops.unpack(qweight, scale, levels, group_size, 210, torch.bfloat16)
+        ops.unpack(qweight, scale, levels, group_size, k, torch.bfloat16)
         for m in (1, 40, 200, 2000):
-            x, bias = normal(m, 210, dtype=torch.bfloat16), normal(33, dtype=torch.bfloat16)
+            x, bias = normal(m, k, dtype=torch.bfloat16), normal(n, dtype=torch.bfloat16)
             ops.packed_linear(x, qweight, scale, bias, levels, group_size)
-        lists = {"params": [normal(33, 210)], "grads": [normal(33, 210)], "latents": [latent.clone()],
-                 "exp_avgs": [normal(33, 210)], "exp_avg_sqs": [curvature.clone()],
+        lists = {"params": [normal(n, k)], "grads": [normal(n, k)], "latents": [latent.clone()],
+                 "exp_avgs": [normal(n, k)], "exp_avg_sqs": [curvature.clone()],
                  "scales": [scale.clone()]}
-        scalars = {"lr": torch.tensor(1e-3, device="cuda"), "step": torch.tensor(2.0, device="cuda")}
-        tail = {**HYPER, "levels": levels, "group_size": group_size, "method": "alternating"}
-        ops.fused_trial(**lists, **scalars, **tail)
-        ops.fused_step(**lists, trial_grads=[normal(33, 210)], **scalars, **tail,
-                       backtrack=torch.tensor(0.6, device="cuda"))
+        scalars = {name: torch.tensor(value, device="cuda")
+                   for name, value in (("lr", 1e-3), ("step", 2.0), ("found_inf", 0.0))}
+        for method in ("alternating", "exact"):
+            tail = {**HYPER, **scalars, "levels": levels, "group_size": group_size, "method": method}
+            ops.fused_trial(**lists, **tail)
+            ops.fused_step(**lists, trial_grads=[normal(n, k)], **tail,
+                           backtrack=torch.tensor(0.6, device="cuda"),
+                           flips=torch.zeros(1, dtype=torch.int64, device="cuda"))
+    k = 2051  # long enough to be split
+    qweight = ops.pack(torch.randint(0, 4, (n, k), dtype=torch.uint8, device="cuda"), 2)
+    ops.packed_linear(normal(1, k, dtype=torch.bfloat16), qweight, torch.rand(1, device="cuda"), None,
+                      levels, 0)
     qweight = ops.pack(torch.randint(0, 4, (20, 27), dtype=torch.uint8, device="cuda"), 2)
     scale = torch.rand(20, 1, device="cuda")
     for layout in (torch.contiguous_format, torch.channels_last):

@@ -16,6 +16,7 @@ from blaq_kernels.codebook import levels_of
 HYPER = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "clip": 1.0, "max_iter": 5,
          "method": "alternating"}
 MILLION = 1_000_000
+Shapes = Sequence[tuple[int, ...]]
 BLOCK = 4096  # inputs of a row of the large matrices
 
 
@@ -48,7 +49,7 @@ SIZES = {"10M": matrix(10 * MILLION), "ResNet-50": resnet50(), "100M": matrix(10
          "1B": matrix(1000 * MILLION)}
 
 
-def state(shapes: Sequence[tuple[int, ...]], group_size: int) -> dict[str, list[Tensor]]:
+def state(shapes: Shapes, group_size: int) -> dict[str, list[Tensor]]:
     """Lists as training leaves them, in float32."""
     def normal(shape: tuple[int, ...], size: float) -> Tensor:
         return torch.randn(shape, device="cuda").mul_(size)
@@ -73,7 +74,7 @@ def _calls(trial: Callable[..., None], step: Callable[..., None], lists: dict[st
                                        backtrack=torch.tensor(1.0, device="cuda"))}
 
 
-def build(shapes: Sequence[tuple[int, ...]], bits: int, group_size: int) -> dict[str, Variant]:
+def build(shapes: Shapes, bits: int, group_size: int) -> dict[str, Variant]:
     """Least traffic of a parameter, in bytes: the trial reads a gradient, a latent weight and two
     moments and writes a parameter; the step reads another gradient and writes all that it read but
     gradients. One scale for a whole tensor needs a second reading of the latent weight."""
@@ -86,7 +87,7 @@ def build(shapes: Sequence[tuple[int, ...]], bits: int, group_size: int) -> dict
     return {name: Variant([call], count * each[name]) for name, call in calls.items()}
 
 
-def adamw(shapes: Sequence[tuple[int, ...]]) -> dict[str, Variant]:
+def adamw(shapes: Shapes) -> dict[str, Variant]:
     params = [nn.Parameter(torch.randn(s, device="cuda")) for s in shapes]
     for param in params:
         param.grad = torch.randn_like(param)
@@ -95,7 +96,7 @@ def adamw(shapes: Sequence[tuple[int, ...]]) -> dict[str, Variant]:
     return {"AdamW(fused=True)": Variant([optimizer.step], 28 * count)}
 
 
-def compiled(shapes: Sequence[tuple[int, ...]], bits: int, group_size: int) -> dict[str, Variant]:
+def compiled(shapes: Shapes, bits: int, group_size: int) -> dict[str, Variant]:
     """The reference under torch.compile; it reads scalars on the host, so no graph holds it."""
     calls = _calls(torch.compile(reference.fused_trial), torch.compile(reference.fused_step),
                    state(shapes, group_size), bits, group_size)

@@ -251,10 +251,13 @@ def check_fused_step(params, grads, trial_grads, latents, exp_avgs, exp_avg_sqs,
                "exp_avg_sqs": exp_avg_sqs, "scales": scales}
     _check_fused(op, written, read, levels, group_size, grad_scale, found_inf)
     if flips is not None:
-        _dtype_in(op, "flips", flips, (torch.int64,))
-        require(tuple(flips.shape) == (len(params),), op, "flips", f"have shape [{len(params)}]",
-                list(flips.shape))
-        _contiguous(op, "flips", flips)
+        check_flips(op, flips, len(params))
+
+
+def check_flips(op: str, flips: Tensor, count: int) -> None:
+    _dtype_in(op, "flips", flips, (torch.int64,))
+    require(tuple(flips.shape) == (count,), op, "flips", f"have shape [{count}]", list(flips.shape))
+    _contiguous(op, "flips", flips)
 
 
 def check_fake_quantize(latent: Tensor, scale: Tensor, levels: Sequence[float],

@@ -51,7 +51,8 @@ def assert_within_budget(actual, low_precision, exact):
 def test_triton_serves_cuda_tensors():
     if blaq_kernels.dispatch.requested_backend() == "reference":
         pytest.skip("BLAQ_BACKEND=reference")
-    assert all(who == "Triton" for who in blaq_kernels.serving("cuda").values())
+    serving = blaq_kernels.serving("cuda")
+    assert [name for name, who in serving.items() if who != "Triton"] == ["repack"]  # for CPU kernels
 
 
 @pytest.mark.parametrize("group_size", GROUPS)

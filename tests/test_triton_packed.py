@@ -289,23 +289,19 @@ def test_a_code_without_level_makes_its_output_undefined():
         assert y[:, 7].isnan().all() and not y[:, :7].isnan().any() and not y[:, 8:].isnan().any()
 
 
-def test_offsets_beyond_2_to_the_31():
-    """The second plane starts 2^31 bytes after the first: read through strides, never touched between."""
-    levels, n, k = (0.5, 1.0), 33, 64
-    codes = random_codes((n, k), levels)
-    planes = ref.pack(codes, 2)
-    row_bytes = 2**26  # 33 rows of 64 MiB
-    if DEVICE != "cpu":
-        pytest.skip("the sparse buffer is one of the CPU's")
+@pytest.mark.skipif(DEVICE != "cpu", reason="the sparse buffer is one of the CPU's")
+@pytest.mark.parametrize("bits,row_bytes", [(2, 2**26), (4, 2**25)])
+def test_offsets_beyond_2_to_the_31(bits, row_bytes):
+    """The last plane starts beyond 2^31 bytes: by a stride that is longer, or by three that are not."""
     from blaq_kernels.triton.unpack import unpack_kernel
 
-    buffer = torch.from_numpy(np.empty(2 * n * row_bytes, dtype=np.uint8))  # mapped as it is touched
-    view = buffer.view(2, n, row_bytes)
-    view[:, :, :k // 8] = planes
-    out = torch.empty(n, k)
-    scale = torch.ones(1)
-    unpack_kernel[(5,)](buffer, scale, out, n, k, row_bytes, n * row_bytes, 0, 1, 1, "powers", (), 2,
-                          False, 8, 64)
+    levels, n, k = levels_of("pow2", bits), 33, 64
+    planes = ref.pack(random_codes((n, k), levels), bits)
+    buffer = torch.from_numpy(np.empty(bits * n * row_bytes, dtype=np.uint8))  # mapped as it is touched
+    buffer.view(bits, n, row_bytes)[:, :, :k // 8] = planes
+    out, scale = torch.empty(n, k), torch.ones(1)
+    unpack_kernel[(5,)](buffer, scale, out, n, k, row_bytes, n * row_bytes, 0, 1, 1, "powers", (), bits,
+                        False, 8, 64)
     assert same_bits(out, ref.unpack(planes, scale, levels, 0, k, torch.float32))
 
 

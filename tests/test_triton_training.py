@@ -1,102 +1,19 @@
 """The Triton training kernels against the truth, in Triton's interpreter or on a GPU."""
 
-import itertools
-
 import pytest
 import torch
+from step_cases import (  # noqa: F401 (fixtures)
+    CODEBOOKS, DEVICE, DTYPES, FEW, REFERENCE, STATE, TRITON, assert_like_reference, both_stages,
+    forget, make_state, scalar, tail, tiny_tiles,
+)
 
 from blaq_kernels import reference as ref
-from blaq_kernels import triton as kernels
 from blaq_kernels.codebook import levels_of
-
-pytestmark = pytest.mark.skipif(bool(kernels.unavailable()), reason=kernels.unavailable())
-pytest.importorskip("triton")
-
-from blaq_kernels.triton import launch, plan, settle  # noqa: E402
-from blaq_kernels.triton.blend import blend  # noqa: E402
-from blaq_kernels.triton.fused_step import fused_step  # noqa: E402
-from blaq_kernels.triton.fused_trial import fused_trial  # noqa: E402
-from blaq_kernels.triton.scaled_update import scaled_update  # noqa: E402
-from blaq_kernels.triton.solve import solve  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and not launch.interpreted():
-    pytest.skip("no GPU, and Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
-
-FEW = [("binary", 1), ("ternary", 2), ("linear", 4), ("pow2", 4)]
-CODEBOOKS = [("binary", 1), ("pow2", 2), ("ternary", 2), ("pow2", 3), ("uniform", 3), ("linear", 4),
-             ("pow2", 4), ("pow2_zero", 4)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(3,), (5, 33), (0, 4), (2, 3, 5, 5), (4, 64), (6, 0)]
-HYPER = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "clip": 0.5, "max_iter": 5}
-STATE = ("params", "latents", "exp_avgs", "exp_avg_sqs", "scales")
-
-
-@pytest.fixture
-def tiny_tiles(monkeypatch):
-    """Every group longer than 64 elements counts as long, in chunks of 64: many on little data."""
-    plan.parts.cache_clear()
-    for name, value in (("TILE_LEAST", 64), ("TILE_MOST", 64), ("CHUNK", 64), ("PER_WARP", 64)):
-        monkeypatch.setattr(plan, name, value)
-    yield
-    plan.parts.cache_clear()
-
-
-def scalar(value, dtype=torch.float32):
-    return torch.tensor(value, dtype=dtype, device=DEVICE)
-
-
-def make_state(levels, group_size, dtype, shapes=SHAPES, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(shape, size=1.0):
-        return (size * torch.randn(shape, generator=generator)).to(DEVICE)
-
-    latents = [normal(s, 0.3) for s in shapes]
-    scales = [ref.solve(w, torch.ones_like(w), None, levels, group_size, 5, "alternating")[1]
-              for w in latents]
-    return {"params": [torch.empty(s, dtype=dtype, device=DEVICE) for s in shapes],
-            "grads": [normal(s).to(dtype) for s in shapes],
-            "trial_grads": [normal(s).to(dtype) for s in shapes], "latents": latents,
-            "exp_avgs": [normal(s, 0.1) for s in shapes],
-            "exp_avg_sqs": [normal(s).square() for s in shapes], "scales": scales}
-
-
-def tail(levels, group_size, method="alternating", **more):
-    return {**HYPER, "lr": scalar(0.01), "step": scalar(3.0), "levels": levels,
-            "group_size": group_size, "method": method, **more}
-
-
-def both_stages(ops, levels, group_size, dtype, method="alternating", shapes=SHAPES, **more):
-    """Everything that a trial and a step write: params of the trial, of the step, state, flips."""
-    trial_op, step_op = ops
-    state = make_state(levels, group_size, dtype, shapes)
-    flips = torch.full((len(shapes),), -1, device=DEVICE)
-    arguments = tail(levels, group_size, method, **more)
-    trial_op(**{k: v for k, v in state.items() if k != "trial_grads"}, **arguments)
-    trial = [p.clone() for p in state["params"]]
-    step_op(**state, **arguments, backtrack=scalar(0.6), flips=flips)
-    return trial, state, flips
-
-
-TRITON, REFERENCE = (fused_trial, fused_step), (ref.fused_trial, ref.fused_step)
-
-
-def assert_like_reference(actual, expected, levels, group_size, far_allowed=1):
-    """Floats within float32's rounding of a few operations; params exactly those of (latent, scale);
-    codes those of the reference, but for ``far_allowed`` weights that lie on a threshold."""
-    for key in STATE[1:]:
-        for a, b in zip(actual[1][key], expected[1][key], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    for param, w, scale in zip(*(actual[1][key] for key in ("params", "latents", "scales")), strict=True):
-        codes = ref.quantize_codes(w, scale, levels, group_size)
-        assert torch.equal(param, ref.dequantize(codes, scale, levels, group_size).to(param.dtype))
-    far = 0
-    for a, b in itertools.chain(zip(actual[0], expected[0], strict=True),
-                                zip(actual[1]["params"], expected[1]["params"], strict=True)):
-        far += int(((a.double() - b.double()).abs() > 0.01 * b.double().abs()).sum())
-    assert far <= far_allowed
-    assert int((actual[2] - expected[2]).abs().sum()) <= far_allowed
+from blaq_kernels.triton import plan
+from blaq_kernels.triton.blend import blend
+from blaq_kernels.triton.fused_step import fused_step
+from blaq_kernels.triton.scaled_update import scaled_update
+from blaq_kernels.triton.solve import solve
 
 
 @pytest.mark.parametrize("group_size", [-1, 0, 20])
@@ -157,9 +74,9 @@ def test_long_and_short_groups_agree(group_size, monkeypatch):
     monkeypatch.setattr(plan, "TILE_MOST", 16)
     monkeypatch.setattr(plan, "CHUNK", 64)
     monkeypatch.setattr(plan, "PER_WARP", 64)
-    plan.parts.cache_clear()
+    forget()
     assert_like_reference(both_stages(TRITON, *args), short, *args[:2])
-    plan.parts.cache_clear()
+    forget()
 
 
 def test_the_same_input_gives_the_same_bits(tiny_tiles):
@@ -401,113 +318,3 @@ def test_elementwise_ops_round_once(dtype, n):
 
 
 # offsets and errors
-
-
-def test_offsets_are_64_bits_wide():
-    """On numbers alone: where a group begins in a weight of 5e9 elements."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def begin(groups, out, length, per_row, row, N: tl.constexpr):
-        at = tl.arange(0, N)
-        tl.store(out + at, plan.first_element(tl.load(groups + at), length, per_row, row, False))
-
-    groups = torch.tensor([0, 69_999, 70_000 * 9 - 1, 12_345], dtype=torch.int32, device=DEVICE)
-    out = torch.empty(4, dtype=torch.int64, device=DEVICE)
-    begin[(1,)](groups, out, 8000, 9, 70_000, 4)
-    numbers = groups.tolist()
-    assert out.tolist() == [g // 9 * 70_000 + g % 9 * 8000 for g in numbers] and max(out) > 2**32
-
-
-def test_the_table_counts_more_elements_than_32_bits_hold():
-    sizes = ((50_000, 50_000), torch.float32, True)
-    part, = plan.parts((sizes, sizes), 0)
-    assert part.elements == 5 * 10**9 and part.table[1, plan.SCRATCH.value] == 25 * 10**8
-    assert len(part.programs) == 2 * -(-25 * 10**8 // plan.CHUNK)
-
-
-def test_more_groups_than_32_bits_count_are_an_error():
-    with pytest.raises(ValueError, match="group_size must leave less than 2.31 groups in a list, got"):
-        plan.parts((((70_000, 70_000), torch.float32, True),), 2)
-
-
-def test_bad_arguments_have_the_words_of_the_other_kernels():
-    levels = [0.5, 1.0]
-    state = make_state(levels, -1, torch.float32, [(3, 10), (4,)])
-    step = tail(levels, -1) | {"backtrack": scalar(0.6)}
-    before = [x.clone() for key in STATE for x in state[key]]
-    cases = [({"lr": scalar([0.1])}, "lr must be a 0-dim tensor, got [1]"),
-             ({"max_iter": 0}, "max_iter must be at least 1, got 0"),
-             ({"grads": [state["grads"][0]]}, "grads must have as many tensors as params (2), got 1"),
-             ({"latents": [state["latents"][0].t().contiguous().t(), state["latents"][1]]},
-              "latents[0] must be contiguous, got strides [1, 3]"),
-             ({"scales": state["latents"]}, "scales[0] must have shape [3, 1], got [3, 10]"),
-             ({"exp_avgs": state["latents"]}, "must not overlap another tensor of the call")]
-    for change, message in cases:
-        with pytest.raises(ValueError) as error:
-            fused_step(**(state | step | change))
-        assert str(error.value).startswith("blaq.fused_step: ") and message in str(error.value)
-    after = [x for key in STATE for x in state[key]]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    for op, arguments in ((scaled_update, (state["latents"][0].t(),) * 3),
-                          (blend, (state["latents"][0], state["latents"][0], 0.0)),
-                          (solve, (state["latents"][0] * float("nan"),) * 2
-                           + (None, levels, -1, 5, "exact"))):
-        with pytest.raises(ValueError, match=f"blaq.{op.__name__}: .* must .*, got "):
-            op(*arguments)
-
-
-def test_tensors_on_different_devices_are_an_error():
-    meta = torch.empty(4, device="meta")
-    with pytest.raises(ValueError, match="grad must be on latent's device .*, got meta"):
-        scaled_update(torch.rand(4, device=DEVICE), meta, torch.rand(4, device=DEVICE))
-    levels = [1.0]
-    state = make_state(levels, 0, torch.float32, [(4,), (4,)])
-    arguments = state | tail(levels, 0) | {"backtrack": scalar(1.0)}
-    with pytest.raises(ValueError, match=r"found_inf must be on params\[0\]'s device .*, got meta"):
-        fused_step(**arguments, found_inf=torch.empty((), device="meta"))
-    for key in ("params", "grads", "trial_grads", "latents", "exp_avgs", "exp_avg_sqs", "scales"):
-        state[key][1] = state[key][1].to("meta")
-    with pytest.raises(ValueError, match=r"params\[1\] must be on params\[0\]'s device .*, got meta"):
-        fused_step(**(arguments | state))
-
-
-def test_tables_are_kept_by_their_addresses():
-    levels = [0.5, 1.0]
-    state = make_state(levels, -1, torch.float32)
-    arguments = tail(levels, -1) | {"backtrack": scalar(0.6)}
-    plan.tables._kept.clear()
-    for _ in range(3):
-        fused_step(**state, **arguments)
-    kept = len(plan.tables._kept)
-    state["grads"] = [g.clone() for g in state["grads"]]
-    fused_step(**state, **arguments)
-    assert kept < len(plan.tables._kept) <= 2 * kept <= plan.KEPT
-
-
-def test_a_known_list_is_still_checked_for_what_may_have_changed():
-    levels = [0.5, 1.0]
-    state = make_state(levels, -1, torch.float32, [(3, 10), (4,)])
-    arguments = state | tail(levels, -1) | {"backtrack": torch.tensor(0.6)}
-    flips = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    for _ in range(2):
-        fused_step(**arguments, flips=flips)
-    short = {"grads": [state["grads"][0], state["grads"][1][:3]]}
-    cases = [({"backtrack": torch.tensor(1.5)}, {}), ({"lr": scalar([1.0])}, {}),
-             ({"levels": [1.0, 0.5]}, {}), ({"group_size": 0}, {}), ({}, short),
-             ({}, {"exp_avgs": state["latents"]}), ({}, {"flips": flips[:1]})]
-    for change, lists in cases:
-        with pytest.raises(ValueError, match=r"blaq\.fused_step: .* must"):
-            fused_step(**({"flips": flips} | arguments | change | lists))
-    trial_free = arguments | {"trial_grads": [], "backtrack": torch.tensor(1.0)}
-    for _ in range(2):
-        fused_step(**trial_free)
-    if DEVICE == "cpu":
-        with pytest.raises(ValueError, match="trial_grads must be given where backtrack < 1"):
-            fused_step(**(trial_free | {"backtrack": torch.tensor(0.5)}))
-
-
-def test_copies_of_a_histogram_stay_within_their_memory():
-    assert settle.BINS.value * settle.copies_of(1) <= settle.MOST_BINS
-    assert settle.copies_of(10**6) == 1 and settle.copies_of(1) == 8

@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 MINIMUM = (3, 6)
 OPS = ("scaled_update", "blend", "solve", "fused_trial", "fused_step", "fake_quantize", "pack", "unpack",
        "packed_linear", "packed_conv2d")
@@ -20,6 +22,8 @@ OPS = ("scaled_update", "blend", "solve", "fused_trial", "fused_step", "fake_qua
 
 def unavailable() -> str:
     """Why the kernels cannot run, or nothing if they can; Triton itself is not imported."""
+    if torch.version.hip:
+        return "the kernels hold instructions of NVIDIA GPUs"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     try:

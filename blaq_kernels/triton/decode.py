@@ -95,15 +95,17 @@ def load_lanes(planes, plane_stride, mask, BITS: tl.constexpr):
     the high byte and lowest index bit in the low one, second index bit, third)."""
     low = _load_byte(planes, mask)
     second, third = low, low
+    # From plane to plane by addition: a multiple of the stride may be more than its 32 bits hold.
+    if BITS >= 3:
+        planes += plane_stride
+        second = _load_byte(planes, mask)
+    if BITS >= 4:
+        planes += plane_stride
+        third = _load_byte(planes, mask)
     if BITS == 1:
         first = low << 8
     else:
-        sign = _load_byte(planes + (BITS - 1) * plane_stride, mask)
-        first = (sign << 8) | low
-    if BITS >= 3:
-        second = _load_byte(planes + plane_stride, mask)
-    if BITS >= 4:
-        third = _load_byte(planes + 2 * plane_stride, mask)
+        first = (_load_byte(planes + plane_stride, mask) << 8) | low
     return first, second, third
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..schemas import require
+from ..schemas import check_flips, require
 from . import launch
 from .long_groups import step_long_groups, write_long_groups
 from .plan import KEPT, Part, parts, tables
@@ -58,57 +58,97 @@ class Stage:
         return (*moments, self.eps, self.weight_decay, clip)
 
 
-_passed: OrderedDict[object, None] = OrderedDict()  # lists that have passed their rules
+@dataclass(eq=False)
+class Known:
+    """Lists that have passed their rules.
+
+    Attributes:
+        addresses: of every list, in the order of the table's columns.
+        parts: the launches.
+        settings: those that have passed with these lists, and what each part of short groups launches
+            with them.
+    """
+
+    addresses: list[list[int]]
+    parts: tuple[Part, ...]
+    settings: dict[object, dict[Part, launch.Launch]] = field(default_factory=dict)
 
 
-def check(op: str, rules: Callable[..., None], lists: Sequence[Sequence[Tensor]],
-          rest: Sequence[Any], group_size: int, flips: Tensor | None = None) -> None:
-    """Raises what ``rules(*lists, *rest, [flips])`` raises. Lists that have passed are known by
-    addresses, layouts and dtypes, which is all that the rules look at, and then only the first tensor
-    of each is looked at again: for 161 weights the rules take most of a call."""
-    key = (op, group_size, tuple(_facts(tensors) for tensors in lists),
-           None if flips is None else _facts([flips]))
-    known = key in _passed
-    if known:
-        lists, flips = [tensors[:1] for tensors in lists], None
-    rules(*lists, *rest, *(() if op == "fused_trial" else (flips,)))
-    _passed[key] = None
-    _passed.move_to_end(key)
-    if len(_passed) > KEPT:
-        _passed.popitem(last=False)
+_known: OrderedDict[object, Known] = OrderedDict()
+MOST_SETTINGS = 64  # of a list: a schedule may change one with every step
 
 
-def _facts(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    return tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors)
+def run(op: str, rules: Callable[..., None], lists: Sequence[Sequence[Tensor]], rest: Sequence[Any],
+        stage: Stage) -> None:
+    """Raises what ``rules(*lists, *rest)`` raises, then launches the stage, part by part.
 
-
-def run(op: str, stage: Stage) -> None:
-    """Launches the stage, part by part."""
+    Lists that have passed are known by addresses, layouts and dtypes, which is all that the rules look
+    at: for 161 weights the rules take most of a call. Settings that have not been seen with them are
+    looked at beside the first tensor of each list.
+    """
     params = stage.lists[0]
-    if not params:
-        return
-    _check_devices(op, stage)
-    device = params[0].device
+    key = (op, stage.group_size, params[0].device if params else None, *map(_facts, stage.lists))
+    settings = (*map(_setting, rest), _setting(stage.flips), _value(stage.backtrack))
+    known = _known.get(key)
+    if known is None or settings not in known.settings:
+        rules(*(lists if known is None else [tensors[:1] for tensors in lists]), *rest)
+        if stage.flips is not None:
+            check_flips(op, stage.flips, len(params))
+        if not params:
+            return
+        _check_devices(op, stage)
+        if known is None:
+            known = _known[key] = _plan(stage)
+            if len(_known) > KEPT:  # the first come; to note each use would hash the key again
+                _known.popitem(last=False)
+        if len(known.settings) >= MOST_SETTINGS:
+            known.settings.clear()
+        known.settings[settings] = {}
+    device, launches = params[0].device, known.settings[settings]
     here = [None if x is None else launch.on_same_device(x, device)
             for x in (stage.lr, stage.step, stage.backtrack, stage.grad_scale, stage.found_inf)]
-    addresses = [[x.data_ptr() for x in tensors] for tensors in stage.lists]
-    weights = tuple(
-        (tuple(p.shape), p.dtype, all(column[i] % 16 == 0 for column in addresses[:6] if column))
-        for i, p in enumerate(params))
     with launch.on_device_of(params[0]):
         if stage.flips is not None:
             stage.flips.zero_()
-        for part in parts(weights, stage.group_size):
-            table, programs = tables.get(part, device, addresses)
-            (_run_short if part.short else _run_long)(stage, part, table, programs, here)
+        for part in known.parts:
+            table, programs = tables.get(part, device, known.addresses, known)
+            if not part.short:
+                _run_long(stage, part, table, programs, here)
+                continue
+            if part not in launches:
+                launches[part] = _short(stage, part)
+            launches[part](table, programs, *here, stage.flips)
 
 
-def _run_short(stage: Stage, part: Part, table: Tensor, programs: Tensor,
-               here: list[Tensor | None]) -> None:
-    step_short_groups[(programs.numel(),)](
-        table, programs, *here, stage.flips, *stage.hyper(), stage.max_iter, TYPES[part.dtype],
-        stage.commits, stage.blends, stage.levels, stage.exact, part.tile, part.widths,
-        part.aligned, num_warps=part.warps)
+def _facts(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    return tuple([(x.data_ptr(), x.shape, x.dtype, x.is_contiguous()) for x in tensors])
+
+
+def _setting(x: Any) -> Any:
+    """What rules and compiled code depend on; of a scalar tensor not the value."""
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype, x.device, x.is_contiguous()
+    return tuple(x) if isinstance(x, list) else x
+
+
+def _value(x: Tensor | None) -> float | None:
+    """Of a scalar, where that takes no waiting: its rules look at it too."""
+    return x.item() if x is not None and x.is_cpu and x.dim() == 0 else None
+
+
+def _plan(stage: Stage) -> Known:
+    addresses = [[x.data_ptr() for x in tensors] for tensors in stage.lists]
+    weights = tuple(
+        (tuple(p.shape), p.dtype, all(column[i] % 16 == 0 for column in addresses[:6] if column))
+        for i, p in enumerate(stage.lists[0]))
+    return Known(addresses, parts(weights, stage.group_size))
+
+
+def _short(stage: Stage, part: Part) -> launch.Launch:
+    return launch.Launch(
+        step_short_groups, (len(part.programs), 1, 1), *stage.hyper(), stage.max_iter,
+        TYPES[part.dtype], stage.commits, stage.blends, stage.levels, stage.exact, part.tile,
+        part.widths, part.aligned, num_warps=part.warps)
 
 
 def _run_long(stage: Stage, part: Part, table: Tensor, programs: Tensor,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..schemas import check_fused_step
-from .fused import Stage, check, run
+from .fused import Stage, run
 
 
 def fused_step(params: Sequence[Tensor], grads: Sequence[Tensor], trial_grads: Sequence[Tensor],
@@ -34,7 +34,6 @@ def fused_step(params: Sequence[Tensor], grads: Sequence[Tensor], trial_grads: S
     lists = (params, grads, trial_grads, latents, exp_avgs, exp_avg_sqs, scales)
     rest = (lr, step, backtrack, beta1, beta2, eps, weight_decay, clip, levels, group_size, max_iter,
             method, grad_scale, found_inf)
-    check("fused_step", check_fused_step, lists, rest, group_size, flips)
-    run("fused_step", Stage(lists, lr, step, backtrack, (beta1, beta2), eps, weight_decay, clip,
-                            tuple(levels), group_size, max_iter, method == "exact", grad_scale,
-                            found_inf, flips))
+    run("fused_step", check_fused_step, lists, rest, Stage(
+        lists, lr, step, backtrack, (beta1, beta2), eps, weight_decay, clip, tuple(levels), group_size,
+        max_iter, method == "exact", grad_scale, found_inf, flips))

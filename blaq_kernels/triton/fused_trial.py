@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..schemas import check_fused_trial
-from .fused import Stage, check, run
+from .fused import Stage, run
 
 
 def fused_trial(params: Sequence[Tensor], grads: Sequence[Tensor], latents: Sequence[Tensor],
@@ -30,9 +30,8 @@ def fused_trial(params: Sequence[Tensor], grads: Sequence[Tensor], latents: Sequ
     """
     rest = (lr, step, beta1, beta2, eps, weight_decay, clip, levels, group_size, max_iter, method,
             grad_scale, found_inf)
-    check("fused_trial", check_fused_trial,
-          (params, grads, latents, exp_avgs, exp_avg_sqs, scales), rest, group_size)
+    checked = (params, grads, latents, exp_avgs, exp_avg_sqs, scales)
     lists = (params, grads, (), latents, exp_avgs, exp_avg_sqs, scales)
-    run("fused_trial", Stage(lists, lr, step, None, (beta1, beta2), eps, weight_decay, clip,
-                             tuple(levels), group_size, max_iter, method == "exact", grad_scale,
-                             found_inf))
+    run("fused_trial", check_fused_trial, checked, rest, Stage(
+        lists, lr, step, None, (beta1, beta2), eps, weight_decay, clip, tuple(levels), group_size,
+        max_iter, method == "exact", grad_scale, found_inf))

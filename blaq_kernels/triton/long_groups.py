@@ -69,8 +69,12 @@ def chunk_of(table, programs, TILE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def last_of_group(tickets, group, chunks):
-    """Whether every other program of the group has finished: then what they stored can be read."""
-    tl.debug_barrier()  # every thread has stored before the ticket is taken
+    """Whether every other program of the group has finished: then what they stored can be read.
+
+    One thread takes the ticket. The barrier puts every thread's stores before it, it releases them to
+    the whole GPU and acquires those of the others, and its result reaches the other threads by a barrier
+    again. Sums are read past L1 (``.cg``), which may hold lines from before."""
+    tl.debug_barrier()
     ticket = tl.atomic_add(tickets + group, 1, sem="acq_rel")
     return ticket == chunks - 1
 

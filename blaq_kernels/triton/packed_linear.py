@@ -10,11 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ..codebook import bits_of
+from ..reference import scale_shape
 from ..schemas import check_packed_linear
 from . import launch
 from .decode import POWERS, TABLE, is_exact, kind_of
 from .contract_case import Case
+from .launch import Launch
 from .linear_plans import BLACKWELL, DECODE, HOPPER, OTHERS, Plan, plan_for, target_of
 from .packed_matmul import (CHECKED, ROW, SUM_BLOCK, TILE, WEIGHT, interleave_kernel,
                             packed_matmul_kernel, sum_splits_kernel)
@@ -87,38 +88,58 @@ def scale_mode(levels: tuple[float, ...], group_size: int, dtype: torch.dtype, p
 def matmul(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
            levels: tuple[float, ...], group_size: int, out: Tensor, plan: Plan) -> None:
     """``x`` ``[m, k]`` times the weight, into ``out`` ``[m, n]``, contiguous."""
-    (m, k), n, row_bytes = x.shape, qweight.shape[1], qweight.shape[2]
+    m, k = x.shape
     if x.stride(1) != 1 and k > 1:
         x = x.contiguous()
+    interleave, multiply, add = _launches(m, qweight.shape, k, x.stride(0), x.dtype, x.device,
+                                          scale.dtype, bias is None, levels, group_size, plan)
+    if interleave:
+        source, x = x, x.new_empty((m, tiled_bytes(plan, k) * 8))
+        interleave(source, x)
+    if add is None:
+        multiply(x, qweight, scale, bias, out)
+    else:
+        parts = out.new_empty((plan.splits, *out.shape), dtype=torch.float32)
+        multiply(x, qweight, scale, None, parts)
+        add(parts, bias, out)
+
+
+def tiled_bytes(plan: Plan, k: int) -> int:
+    """Bytes of a row in whole tiles."""
+    return -(-k // (8 * plan.bytes)) * plan.bytes
+
+
+@functools.lru_cache(MOST_PLANS)
+def _launches(m: int, planes: torch.Size, k: int, x_stride: int, dtype: torch.dtype,
+              device: torch.device, scale_dtype: torch.dtype, plain: bool, levels: tuple[float, ...],
+              group_size: int, plan: Plan) -> tuple[Launch | None, Launch, Launch | None]:
+    """What lays inputs out, multiplies, and adds the parts, for arguments of these types. Some decide
+    nothing here but what Triton compiles: device, scale_dtype and ``plain``, without bias."""
+    bits, n, row_bytes = planes
     tile = 8 * plan.bytes
-    tiles = triton.cdiv(k, tile)
-    if plan.interleaved:
-        x = interleave(x, tiles * tile, plan.bytes)
+    width = 8 * tiled_bytes(plan, k)
+    tiles = width // tile
+    interleave = add = None
+    if plan.interleaved:  # every tile of k in the order in which bit positions meet it
+        rows = 16
+        interleave = Launch(interleave_kernel, (triton.cdiv(m, rows), tiles, 1), m, k, x_stride, width,
+                            plan.bytes, rows, num_warps=4)
+        x_stride = width
     kind = kind_of(levels)
-    bits = bits_of(levels)
     grouped = 0 if group_size <= 0 else 1 if group_size % 8 == 0 else 2
-    target = out if plan.splits == 1 else out.new_empty((plan.splits, m, n), dtype=torch.float32)
-    grid = (triton.cdiv(n, plan.rows), triton.cdiv(m, plan.cols), plan.splits)
-    packed_matmul_kernel[grid](
-        x, qweight, scale, bias if plan.splits == 1 else None, target, m, n, k, row_bytes,
-        n * row_bytes, x.stride(0), 0 if group_size == 0 else scale.shape[1], max(group_size, 1), tiles,
+    multiply = Launch(
+        packed_matmul_kernel, (triton.cdiv(n, plan.rows), triton.cdiv(m, plan.cols), plan.splits),
+        m, n, k, row_bytes, n * row_bytes, x_stride,
+        0 if group_size == 0 else scale_shape((n, k), group_size)[1], max(group_size, 1), tiles,
         triton.cdiv(tiles, plan.splits), kind, levels if kind == TABLE else (), bits,
-        scale_mode(levels, group_size, x.dtype, plan), 2.0 ** (1 - 2 ** (bits - 1)), grouped,
+        scale_mode(levels, group_size, dtype, plan), 2.0 ** (1 - 2 ** (bits - 1)), grouped,
         plan.interleaved, k % tile == 0, plan.cols, plan.rows, plan.bytes,
         1 if grouped == 2 else plan.stages,  # scales of every bit in flight would fill shared memory
         num_warps=plan.warps)
     if plan.splits > 1:
-        sum_splits_kernel[(triton.cdiv(m * n, SUM_BLOCK),)](
-            target, bias, out, n, 1, m * n, plan.splits, SUM_BLOCK, num_warps=4)
-
-
-def interleave(x: Tensor, width: int, bytes_: int) -> Tensor:
-    """``x`` with every tile of k in the order in which bit positions meet it, padded to ``width``."""
-    (m, k), rows = x.shape, 16
-    out = x.new_empty((m, width))
-    interleave_kernel[(triton.cdiv(m, rows), width // (8 * bytes_))](
-        x, out, m, k, x.stride(0), width, bytes_, rows, num_warps=4)
-    return out
+        add = Launch(sum_splits_kernel, (triton.cdiv(m * n, SUM_BLOCK), 1, 1), n, 1, m * n, plan.splits,
+                     SUM_BLOCK, num_warps=4)
+    return interleave, multiply, add
 
 
 def contract() -> list[Case]:

@@ -113,7 +113,8 @@ def _sums(x, planes, scale, rows, cols, plane_stride, k, row_bytes, x_stride, sc
     return acc
 
 
-@triton.jit
+# What only bounds a loop or a mask has no machine code of its own: batches of any size share one.
+@triton.jit(do_not_specialize=["m", "tiles", "tiles_per_split"])
 def packed_matmul_kernel(x, planes, scale, bias, out, m, n, k, row_bytes, plane_stride, x_stride,
                          scale_stride, group_size, tiles, tiles_per_split, KIND: tl.constexpr,
                          LEVELS: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr,

@@ -10,7 +10,7 @@ into chunks, a program each.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,12 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import matrix_shape
+from . import launch
 
 TILE_LEAST, TILE_MOST = 2048, 8192
 CHUNK = 4096  # elements of a long group that one program takes
 PER_WARP = 512  # elements: 16 a thread
 NARROWEST = 16
-KEPT = 16  # tables of addresses
+KEPT = 64  # tables and maps: some eight for each list of an optimizer
 
 # Columns of the table: seven addresses, then numbers.
 PARAM, GRAD, TRIAL_GRAD, LATENT, EXP_AVG, EXP_AVG_SQ, SCALE = map(tl.constexpr, range(7))
@@ -64,7 +65,7 @@ class Shape:
         return self.groups // self.per_row * self.row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """Weights that one launch takes: of one dtype, all short or all long, all aligned or none."""
 
@@ -84,7 +85,7 @@ class Part:
         return self.tile // PER_WARP
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def parts(weights: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...],
           group_size: int) -> tuple[Part, ...]:
     """The launches of a list of (sizes, dtype, whether every address is a multiple of 16 bytes).
@@ -121,46 +122,65 @@ def _part(dtype: torch.dtype, short: bool, aligned: bool, found: list[tuple[int,
                 element)
 
 
+@dataclass(frozen=True)
+class Upload:
+    """An array on a device, what it came from, and the stream that knows it to be there."""
+
+    there: Tensor
+    source: Tensor  # pinned; a graph that captured the copy reads it again with every replay
+    stream: int
+    part: Part  # whose id is in the key: must stay its own
+
+
 class Tables:
-    """Tables on the device, kept by what is in them; the least recently used go first. Those that a
-    CUDA graph captured stay: it reads them, and copies them anew, as often as it is replayed."""
+    """Arrays on the device, kept by what is in them; the least recently used go first."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[object, tuple[object, ...]] = OrderedDict()
-        self._captured: list[tuple[object, ...]] = []
+        self._kept: OrderedDict[object, Upload] = OrderedDict()
+        self._captured: dict[int, Upload] = {}
 
-    def get(self, part: Part, device: torch.device,
-            columns: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def get(self, part: Part, device: torch.device, columns: Sequence[Sequence[int]],
+            key: object = None) -> tuple[Tensor, Tensor]:
         """Table and program map of a part. ``columns``: the addresses, of whole lists, in the order
-        of the table's columns; an empty one stays zero."""
-        addresses = tuple(tuple(column[i] for i in part.indices) if column else ()
-                          for column in columns)
-        key = (id(part), device, addresses)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key][:2]
-        table = part.table.copy()
-        for c, column in enumerate(addresses):
-            if column:
-                table[:, c] = column
-        (table, table_source), (programs, source) = (
-            _to_device(x, device) for x in (table, part.programs))
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._captured.append((table, programs, table_source, source))
-            return table, programs
-        self._kept[key] = (table, programs, part)  # the part too: its id must stay its own
-        while len(self._kept) > KEPT:
+        of the table's columns; an empty one stays zero. ``key``: an object that stands for them, where
+        comparing so many takes too long."""
+        def table() -> np.ndarray:
+            values = part.table.copy()
+            for c, column in enumerate(columns):
+                if column:
+                    values[:, c] = [column[i] for i in part.indices]
+            return values
+
+        # The map is long and has no address: gradients that move from step to step leave it there.
+        key = tuple(map(tuple, columns)) if key is None else key
+        return (self._there((id(part), device, key), part, device, table),
+                self._there((id(part), device), part, device, lambda: part.programs))
+
+    def _there(self, key: object, part: Part, device: torch.device,
+               values: Callable[[], np.ndarray]) -> Tensor:
+        stream = launch.stream_of(device)
+        found = self._kept.get(key)
+        if launch.capturing(device):
+            # A graph reads it as often as it is replayed, so it stays. One that the graph itself
+            # uploads is not there before a replay: other calls must not find it.
+            found = found or _upload(values(), device, stream, part)
+            self._captured[id(found)] = found
+            return found.there
+        if found is None or found.stream != stream:  # another stream may not have waited for the copy
+            found = self._kept[key] = _upload(values(), device, stream, part)
+        self._kept.move_to_end(key)
+        if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
-        return table, programs
+        return found.there
 
 
-def _to_device(values: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A copy, without waiting for the device, and the pinned memory that it comes from."""
+def _upload(values: np.ndarray, device: torch.device, stream: int, part: Part) -> Upload:
+    """A copy, without waiting for the device."""
     source = torch.from_numpy(values)
     if device.type != "cuda":
-        return source, source
+        return Upload(source, source, stream, part)
     source = source.pin_memory()
-    return source.to(device, non_blocking=True), source
+    return Upload(source.to(device, non_blocking=True), source, stream, part)
 
 
 tables = Tables()

@@ -1,0 +1,173 @@
+"""How Triton's training kernels take a list: offsets, tables, rules, and what is kept between calls."""
+
+import pytest
+import torch
+from step_cases import (  # noqa: F401 (fixtures)
+    DEVICE, STATE, make_state, scalar, tail,
+)
+
+from blaq_kernels.triton import launch, plan, settle
+from blaq_kernels.triton.blend import blend
+from blaq_kernels.triton.fused_step import fused_step
+from blaq_kernels.triton.scaled_update import scaled_update
+from blaq_kernels.triton.solve import solve
+
+
+def test_offsets_are_64_bits_wide():
+    """On numbers alone: where a group begins in a weight of 5e9 elements."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def begin(groups, out, length, per_row, row, N: tl.constexpr):
+        at = tl.arange(0, N)
+        tl.store(out + at, plan.first_element(tl.load(groups + at), length, per_row, row, False))
+
+    groups = torch.tensor([0, 69_999, 70_000 * 9 - 1, 12_345], dtype=torch.int32, device=DEVICE)
+    out = torch.empty(4, dtype=torch.int64, device=DEVICE)
+    begin[(1,)](groups, out, 8000, 9, 70_000, 4)
+    numbers = groups.tolist()
+    assert out.tolist() == [g // 9 * 70_000 + g % 9 * 8000 for g in numbers] and max(out) > 2**32
+
+
+def test_the_table_counts_more_elements_than_32_bits_hold():
+    sizes = ((50_000, 50_000), torch.float32, True)
+    part, = plan.parts((sizes, sizes), 0)
+    assert part.elements == 5 * 10**9 and part.table[1, plan.SCRATCH.value] == 25 * 10**8
+    assert len(part.programs) == 2 * -(-25 * 10**8 // plan.CHUNK)
+
+
+def test_more_groups_than_32_bits_count_are_an_error():
+    with pytest.raises(ValueError, match="group_size must leave less than 2.31 groups in a list, got"):
+        plan.parts((((70_000, 70_000), torch.float32, True),), 2)
+
+
+def test_bad_arguments_have_the_words_of_the_other_kernels():
+    levels = [0.5, 1.0]
+    state = make_state(levels, -1, torch.float32, [(3, 10), (4,)])
+    step = tail(levels, -1) | {"backtrack": scalar(0.6)}
+    before = [x.clone() for key in STATE for x in state[key]]
+    cases = [({"lr": scalar([0.1])}, "lr must be a 0-dim tensor, got [1]"),
+             ({"max_iter": 0}, "max_iter must be at least 1, got 0"),
+             ({"grads": [state["grads"][0]]}, "grads must have as many tensors as params (2), got 1"),
+             ({"latents": [state["latents"][0].t().contiguous().t(), state["latents"][1]]},
+              "latents[0] must be contiguous, got strides [1, 3]"),
+             ({"scales": state["latents"]}, "scales[0] must have shape [3, 1], got [3, 10]"),
+             ({"exp_avgs": state["latents"]}, "must not overlap another tensor of the call")]
+    for change, message in cases:
+        with pytest.raises(ValueError) as error:
+            fused_step(**(state | step | change))
+        assert str(error.value).startswith("blaq.fused_step: ") and message in str(error.value)
+    after = [x for key in STATE for x in state[key]]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    for op, arguments in ((scaled_update, (state["latents"][0].t(),) * 3),
+                          (blend, (state["latents"][0], state["latents"][0], 0.0)),
+                          (solve, (state["latents"][0] * float("nan"),) * 2
+                           + (None, levels, -1, 5, "exact"))):
+        with pytest.raises(ValueError, match=f"blaq.{op.__name__}: .* must .*, got "):
+            op(*arguments)
+
+
+def test_tensors_on_different_devices_are_an_error():
+    meta = torch.empty(4, device="meta")
+    with pytest.raises(ValueError, match="grad must be on latent's device .*, got meta"):
+        scaled_update(torch.rand(4, device=DEVICE), meta, torch.rand(4, device=DEVICE))
+    levels = [1.0]
+    state = make_state(levels, 0, torch.float32, [(4,), (4,)])
+    arguments = state | tail(levels, 0) | {"backtrack": scalar(1.0)}
+    with pytest.raises(ValueError, match=r"found_inf must be on params\[0\]'s device .*, got meta"):
+        fused_step(**arguments, found_inf=torch.empty((), device="meta"))
+    for key in ("params", "grads", "trial_grads", "latents", "exp_avgs", "exp_avg_sqs", "scales"):
+        state[key][1] = state[key][1].to("meta")
+    with pytest.raises(ValueError, match=r"params\[1\] must be on params\[0\]'s device .*, got meta"):
+        fused_step(**(arguments | state))
+
+
+def test_tables_are_kept_by_their_addresses():
+    levels = [0.5, 1.0]
+    state = make_state(levels, -1, torch.float32)
+    arguments = tail(levels, -1) | {"backtrack": scalar(0.6)}
+    plan.tables._kept.clear()
+    for _ in range(3):
+        fused_step(**state, **arguments)
+    kept = len(plan.tables._kept)
+    state["grads"] = [g.clone() for g in state["grads"]]
+    fused_step(**state, **arguments)
+    assert kept < len(plan.tables._kept) <= 2 * kept <= plan.KEPT
+
+
+def test_a_table_that_a_graph_reads_stays(monkeypatch):
+    """Also where an eager call made it; one that a graph uploads is not there before a replay."""
+    tables, captures = plan.Tables(), False
+    monkeypatch.setattr(plan.launch, "capturing", lambda device: captures)
+    part, = plan.parts((((4, 8), torch.float32, True),), -1)
+    device = torch.device("cpu")
+
+    def get(start):
+        return tables.get(part, device, [(start + i,) for i in range(7)])[0]
+
+    eager = get(0)
+    captures = True
+    assert get(0) is eager and get(16) is not get(16)
+    captures = False
+    for start in range(32, 32 + plan.KEPT + 1):
+        get(start)
+    assert get(0) is not eager and any(kept.there is eager for kept in tables._captured.values())
+    assert not any(kept.there is get(16) for kept in tables._captured.values())
+
+
+def test_another_stream_does_not_read_a_table_that_may_not_be_there(monkeypatch):
+    tables, stream = plan.Tables(), 1
+    monkeypatch.setattr(plan.launch, "stream_of", lambda device: stream)
+    part, = plan.parts((((4, 8), torch.float32, True),), -1)
+    first = tables.get(part, torch.device("cpu"), [(0,)] * 7)[0]
+    assert tables.get(part, torch.device("cpu"), [(0,)] * 7)[0] is first
+    stream = 2
+    assert tables.get(part, torch.device("cpu"), [(0,)] * 7)[0] is not first
+
+
+def test_a_known_list_is_still_checked_for_what_may_have_changed():
+    levels = [0.5, 1.0]
+    state = make_state(levels, -1, torch.float32, [(3, 10), (4,)])
+    arguments = state | tail(levels, -1) | {"backtrack": torch.tensor(0.6)}
+    flips = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    for _ in range(2):
+        fused_step(**arguments, flips=flips)
+    short = {"grads": [state["grads"][0], state["grads"][1][:3]]}
+    cases = [({"backtrack": torch.tensor(1.5)}, {}), ({"lr": scalar([1.0])}, {}),
+             ({"levels": [1.0, 0.5]}, {}), ({"group_size": 0}, {}), ({}, short),
+             ({}, {"exp_avgs": state["latents"]}), ({}, {"flips": flips[:1]})]
+    for change, lists in cases:
+        with pytest.raises(ValueError, match=r"blaq\.fused_step: .* must"):
+            fused_step(**({"flips": flips} | arguments | change | lists))
+    trial_free = arguments | {"trial_grads": [], "backtrack": torch.tensor(1.0)}
+    for _ in range(2):
+        fused_step(**trial_free)
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="trial_grads must be given where backtrack < 1"):
+            fused_step(**(trial_free | {"backtrack": torch.tensor(0.5)}))
+
+
+def test_copies_of_a_histogram_stay_within_their_memory():
+    assert settle.BINS.value * settle.copies_of(1) <= settle.MOST_BINS
+    assert settle.copies_of(10**6) == 1 and settle.copies_of(1) == 8
+
+
+def test_compiled_code_is_launched_where_addresses_allow():
+    """What was compiled for addresses that are multiples of 16 meets no others."""
+    seen = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: seen.append(("Triton", grid, options)) or Compiled()
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *args: seen.append((grid, args[-1]))
+
+    run = launch.Launch(Kernel(), (2, 1, 1), 7, num_warps=4)
+    aligned = torch.empty(64, device=DEVICE)
+    for x in (aligned[1:], aligned, aligned, aligned[1:]):
+        run(x, None)
+    triton = ("Triton", (2, 1, 1), {"num_warps": 4})
+    assert seen == [triton, triton, ((2, 1, 1), 7), triton]
