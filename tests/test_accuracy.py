@@ -138,6 +138,17 @@ def test_a_codebook_that_8_bits_do_not_hold_is_exact_where_high_is_asked():
     assert torch.equal(high, exact)
 
 
+@needs_int8
+def test_a_code_without_a_level_is_nan():
+    levels, k = (0.25, 0.5, 1.0), 64  # three of the four that 3 bits have
+    codes = torch.randint(3, (20, k), dtype=torch.uint8)
+    codes[7, 9] = 3
+    qweight, x = ops.pack(codes, 3), torch.randn(2, k)
+    for accuracy in BUDGET:
+        y = ops.packed_linear(x, qweight, torch.ones(1), None, levels, 0, ops.repack(qweight), accuracy)
+        assert y[:, 7].isnan().all() and int(y.isnan().sum()) == 2
+
+
 def test_gradients_pass_by_the_repacked_weight():
     levels, qweight, scale = make(("pow2", 2), 8, 64, -1)
     x = torch.randn(3, 64, requires_grad=True)

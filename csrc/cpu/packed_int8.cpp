@@ -297,8 +297,11 @@ bool processor_has_int8() {
 
 bool has_int8(const PackedMatrix& weight, Accuracy accuracy) {
   static const bool here = processor_has_int8();
+  // A code that no level has is NaN, which integers do not know.
+  const bool whole_book = std::all_of(weight.levels, weight.levels + (1 << weight.bits),
+                                      [](float level) { return level == level; });
   const bool whole_words = weight.group_size <= 0 || weight.group_size % 32 == 0;
-  return here && capability() == Capability::avx512 && accuracy != Accuracy::exact && whole_words &&
+  return here && capability() == Capability::avx512 && accuracy != Accuracy::exact && whole_words && whole_book &&
          weight.round_weight == Rounding::none &&
          (weight.bits <= 2 || accuracy == Accuracy::fast ||
           LevelTable(weight.levels, weight.bits, accuracy).exact);
