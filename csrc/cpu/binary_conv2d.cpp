@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "binary_checks.h"
+#include "conv_checks.h"
 #include "cpu/packed_matmul.h"
 #include "cpu/runs.h"
 
@@ -17,25 +18,11 @@
 namespace blaq {
 namespace {
 
-using Pair = std::vector<int64_t>;  // height, width
-
 struct Conv {
-  const Pair &kernel, &stride, &padding, &dilation;
+  const Extent &kernel, &stride, &padding, &dilation;
   bool channels_last;
   int64_t batch, height, width, out_height, out_width;
 };
-
-// Whether memory runs batch, height, width, channels: torch's rule, which overlooks sizes of 1.
-bool is_channels_last(const Tensor& x) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  int64_t expected = 1;
-  for (const int d : {1, 3, 2, 0}) {
-    if (sizes[d] == 1) continue;
-    if (strides[d] != expected) return false;
-    expected *= sizes[d];
-  }
-  return true;
-}
 
 // Signs of the input: [batch, height, width, group, tap_words].
 template <typename T>
@@ -197,28 +184,13 @@ void convolve(const Tensor& input, const BinaryMatrix& weight, const BinaryScale
   });
 }
 
-void check_pair(const char* op, const char* name, const Pair& pair, int64_t least) {
-  BLAQ_REQUIRE(pair.size() == 2 && std::min(pair[0], pair[1]) >= least, op, name,
-               "be two integers of at least " + text(least), list_text(pair));
-}
-
 Tensor binary_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& scale,
-                     const std::optional<Tensor>& bias, int64_t group_size, const Pair& kernel_size,
-                     const Pair& stride, const Pair& padding, const Pair& dilation, int64_t groups,
+                     const std::optional<Tensor>& bias, int64_t group_size, const Extent& kernel_size,
+                     const Extent& stride, const Extent& padding, const Extent& dilation, int64_t groups,
                      const std::optional<Tensor>& repacked) {
   const char* op = "binary_conv2d";
-  BLAQ_REQUIRE(input.dim() == 4, op, "input", "have 4 dimensions [batch, channels, height, width]",
-               list_text(input.sizes()));
-  check_dtype(op, "input", input, kFloatDtypes);
-  check_pair(op, "kernel_size", kernel_size, 1);
-  check_pair(op, "stride", stride, 1);
-  check_pair(op, "padding", padding, 0);
-  check_pair(op, "dilation", dilation, 1);
-  BLAQ_REQUIRE(groups >= 1, op, "groups", "be at least 1", groups);
+  check_geometry(op, input, kernel_size, stride, padding, dilation, groups);
   const int64_t channels = input.size(1), taps = kernel_size[0] * kernel_size[1];
-  BLAQ_REQUIRE(channels >= 1, op, "input", "have at least 1 channel", channels);
-  BLAQ_REQUIRE(channels % groups == 0, op, "input",
-               "have channels divisible by groups = " + text(groups), channels);
   BLAQ_REQUIRE(group_size == 0 || group_size == -1, op, "group_size", "be 0 or -1", group_size);
   const int64_t in_features = channels / groups * taps;
   const bool wide = input.scalar_type() == ScalarType::Double;
@@ -228,19 +200,13 @@ Tensor binary_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& s
   BLAQ_REQUIRE(outputs % groups == 0, op, "qweight",
                "have rows divisible by groups = " + text(groups), outputs);
   check_packed_input(op, input, qweight, bias);
-  const auto out_size = [&](int i) {
-    const int64_t reach = input.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1;
-    return reach < 0 ? 0 : reach / stride[i] + 1;
-  };
-  BLAQ_REQUIRE(out_size(0) >= 1 && out_size(1) >= 1, op, "input",
-               "be at least as large as the kernel",
-               list_text(std::vector<int64_t>{input.size(2), input.size(3)}));
+  const Extent out_size = check_output_size(op, input, kernel_size, stride, padding, dilation);
   const Tensor words = repacked_or_new(op, repacked, qweight, in_features, taps, groups);
 
   const Tensor dense =
       input.is_contiguous() || is_channels_last(input) ? input : torch::stable::contiguous(input);
   const Conv conv{kernel_size,   stride,        padding,       dilation,    !dense.is_contiguous(),
-                  input.size(0), input.size(2), input.size(3), out_size(0), out_size(1)};
+                  input.size(0), input.size(2), input.size(3), out_size[0], out_size[1]};
   Tensor output = torch::stable::empty(
       {conv.batch, outputs, conv.out_height, conv.out_width}, input.scalar_type(), std::nullopt,
       std::nullopt, std::nullopt,

@@ -9,6 +9,7 @@
 #include <bit>
 #include <cstring>
 
+#include "conv_checks.h"
 #include "cpu/float_types.h"
 #include "cpu/packed_int8.h"
 #include "cpu/runs.h"
@@ -21,26 +22,12 @@
 namespace blaq {
 namespace {
 
-using Pair = std::vector<int64_t>;  // height, width
-
 struct Conv {
-  const Pair &kernel, &stride, &padding, &dilation;
+  const Extent &kernel, &stride, &padding, &dilation;
   int64_t groups;
   bool channels_last;
   int64_t batch, channels, height, width, out_height, out_width;
 };
-
-// Whether memory runs batch, height, width, channels: torch's rule, which overlooks sizes of 1.
-bool is_channels_last(const Tensor& x) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  int64_t expected = 1;
-  for (const int d : {1, 3, 2, 0}) {
-    if (sizes[d] == 1) continue;
-    if (strides[d] != expected) return false;
-    expected *= sizes[d];
-  }
-  return true;
-}
 
 // Where a padded image of floats keeps its elements.
 struct Image {
@@ -181,29 +168,14 @@ Tensor unpacked_conv2d(const Tensor& input, const Tensor& qweight, const Tensor&
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-void check_pair(const char* op, const char* name, const Pair& pair, int64_t least) {
-  BLAQ_REQUIRE(pair.size() == 2 && std::min(pair[0], pair[1]) >= least, op, name,
-               "be two integers of at least " + text(least), list_text(pair));
-}
-
 Tensor packed_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& scale,
                      const std::optional<Tensor>& bias, std::vector<double> levels, int64_t group_size,
-                     Pair kernel_size, Pair stride, Pair padding, Pair dilation, int64_t groups,
+                     Extent kernel_size, Extent stride, Extent padding, Extent dilation, int64_t groups,
                      const std::optional<Tensor>& repacked, std::string accuracy_name) {
   const char* op = "packed_conv2d";
   const Accuracy accuracy = accuracy_of(op, accuracy_name);
-  BLAQ_REQUIRE(input.dim() == 4, op, "input", "have 4 dimensions [batch, channels, height, width]",
-               list_text(input.sizes()));
-  check_dtype(op, "input", input, kFloatDtypes);
-  check_pair(op, "kernel_size", kernel_size, 1);
-  check_pair(op, "stride", stride, 1);
-  check_pair(op, "padding", padding, 0);
-  check_pair(op, "dilation", dilation, 1);
-  BLAQ_REQUIRE(groups >= 1, op, "groups", "be at least 1", groups);
+  check_geometry(op, input, kernel_size, stride, padding, dilation, groups);
   const int64_t channels = input.size(1);
-  BLAQ_REQUIRE(channels >= 1, op, "input", "have at least 1 channel", channels);
-  BLAQ_REQUIRE(channels % groups == 0, op, "input",
-               "have channels divisible by groups = " + text(groups), channels);
   const int64_t in_features = channels / groups * kernel_size[0] * kernel_size[1];
   const bool wide = input.scalar_type() == ScalarType::Double;
   check_qweight(op, qweight, scale, levels, group_size, in_features,
@@ -213,20 +185,13 @@ Tensor packed_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& s
                "have rows divisible by groups = " + text(groups), outputs);
   check_packed_input(op, input, qweight, bias);
   if (repacked) check_repacked(op, *repacked, qweight, in_features);
-  const auto out_size = [&](int i) {
-    const int64_t reach =
-        input.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1;
-    return reach < 0 ? 0 : reach / stride[i] + 1;
-  };
-  BLAQ_REQUIRE(out_size(0) >= 1 && out_size(1) >= 1, op, "input",
-               "be at least as large as the kernel",
-               list_text(std::vector<int64_t>{input.size(2), input.size(3)}));
+  const Extent out_size = check_output_size(op, input, kernel_size, stride, padding, dilation);
 
   const Tensor dense =
       input.is_contiguous() || is_channels_last(input) ? input : torch::stable::contiguous(input);
   const Conv conv{
       kernel_size,   stride,   padding,       dilation,      groups,      !dense.is_contiguous(),
-      input.size(0), channels, input.size(2), input.size(3), out_size(0), out_size(1)};
+      input.size(0), channels, input.size(2), input.size(3), out_size[0], out_size[1]};
   constexpr auto kLast = torch::headeronly::MemoryFormat::ChannelsLast;
   constexpr auto kFirst = torch::headeronly::MemoryFormat::Contiguous;
   const auto layout = conv.channels_last ? kLast : kFirst;
