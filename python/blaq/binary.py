@@ -52,8 +52,6 @@ class BinaryActivation(nn.Module):
 class BinaryLayer(PackedLayer):
     """What the two layers share: the weight in the order that kernels read."""
 
-    _repacked: tuple[tuple[Any, ...], Tensor] | None = None
-
     @staticmethod
     def takes(layer: PackedLayer) -> bool:
         """Whether the codebook and the groups of a packed layer are those of a binary product."""
@@ -70,25 +68,11 @@ class BinaryLayer(PackedLayer):
         """Inputs of an output, taps and groups."""
         raise NotImplementedError
 
-    def repacked(self) -> Tensor | None:
-        """``qweight`` as the kernels read it, made on first use, kept while ``qweight`` stays as it
-        is, never saved; None where no kernel reads it. A captured graph has what an eager call made
-        before; an exported program has none."""
-        if torch.compiler.is_compiling():
-            kept = None if torch.compiler.is_exporting() else self._repacked
-            return None if kept is None else kept[1]
-        qweight = self.qweight
-        if not qweight.is_cpu or not blaq_kernels.cpu_capabilities():
-            return None
-        state = (qweight.data_ptr(), qweight._version if not qweight.is_inference() else 0)
-        kept = self._repacked
-        if kept is None or kept[0] != state:  # two threads may both make it: the same
-            words = torch.ops.blaq.binary_repack.default(qweight, *self._geometry())
-            kept = self._repacked = state, words
-        return kept[1]
+    def _wants_repacked(self) -> bool:
+        return bool(blaq_kernels.cpu_capabilities())
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_repacked": None}
+    def _repack(self) -> Tensor:
+        return torch.ops.blaq.binary_repack.default(self.qweight, *self._geometry())
 
 
 class PackedBinaryLinear(BinaryLayer, PackedLinear):

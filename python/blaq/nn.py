@@ -97,14 +97,20 @@ class PackedLayer(nn.Module):
             kept = None if torch.compiler.is_exporting() else self._repacked
             return None if kept is None else kept[2]
         qweight = self.qweight
-        if self.accuracy == "exact" or not qweight.is_cpu or not blaq_kernels.has_int8():
+        if not qweight.is_cpu or not self._wants_repacked():
             return None
         version = 0 if qweight.is_inference() else qweight._version
         kept = self._repacked
         if kept is None or kept[0] is not qweight or kept[1] != version:
             # Two threads may both make it: the same.
-            kept = self._repacked = qweight, version, torch.ops.blaq.repack.default(qweight)
+            kept = self._repacked = qweight, version, self._repack()
         return kept[2]
+
+    def _wants_repacked(self) -> bool:
+        return self.accuracy != "exact" and blaq_kernels.has_int8()
+
+    def _repack(self) -> Tensor:
+        return torch.ops.blaq.repack.default(self.qweight)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_repacked": None}
