@@ -203,13 +203,12 @@ struct Kernel {
       const int count = std::min(product.count - r, kRowsOfTile);
       for (int64_t word = 0; word < words; word += chunk) {
         const int now = static_cast<int>(std::min(chunk, words - word));
-        for (int i = 0; i < kRowsOfTile; ++i) {  // a tile is whole: its last row again
-          const float* x = product.rows + (r + std::min(i, count - 1)) * product.row_stride + word * 32;
+        for (int i = 0; i < count; ++i) {
+          const float* x = product.rows + (r + i) * product.row_stride + word * 32;
           if (!prepare(x, now, segment_words, tile.data + i * tile.stride, tile.unit + i * segments,
                        tile.offset + i * segments)) {
             return false;
           }
-          if (count == 1) break;
         }
         float* to = totals + r * width;
         if (count == 1) {
