@@ -1,9 +1,12 @@
 #include "cpu/packed_int8.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "cpu/capability.h"
 
@@ -24,6 +27,7 @@ namespace blaq {
 namespace {
 
 constexpr int64_t kPrepared = 24 << 10;        // bytes of a tile's tables or digits that stay in L1
+constexpr int64_t kMostSegments = 32;          // of a tile
 constexpr float kLeast = 1e-30f;               // inputs below which a unit would be subnormal
 
 // The most inputs that share a unit: a divisor of the group, so that a segment has one scale.
@@ -95,19 +99,15 @@ struct Kernel {
   const PackedMatrix& weight;
   const uint8_t* repacked;
   const LevelTable& levels;
-  alignas(64) float coefficients[4 * 16];
+  const Coefficients coefficients;  // of tables
 
   Kernel(const PackedMatrix& weight_, const uint8_t* repacked_, const LevelTable& levels_)
-      : weight(weight_), repacked(repacked_), levels(levels_) {
-    for (int i = 0; kTables && i < 64; ++i) {
-      coefficients[i] = weight.levels[(i % 16) >> (i / 16 * WORDS) & ((1 << WORDS) - 1)];
-    }
-  }
+      : weight(weight_), repacked(repacked_), levels(levels_), coefficients(weight.levels, kTables ? WORDS : 1) {}
 
   // False where the row has no such unit.
   bool prepare(const float* x, int words, int segment_words, uint8_t* data, float* unit,
                int32_t* offset) const {
-    constexpr float kMost = DIGITS == 1 ? 127.0f : kTables ? 32767.0f : 32512.0f;
+    constexpr float kMost = DIGITS == 1 ? 127.0f : kTables ? 32700.0f : 32512.0f;
     for (int w = 0; w < words; w += segment_words) {
       const int count = std::min(segment_words, words - w);
       const float most = kTables ? largest_sum<(kTables ? WORDS : 1)>(x + w * 32, count * 32)
@@ -130,44 +130,28 @@ struct Kernel {
   template <int MR, int NV>
   void add(const Prepared& tile, int64_t output, int64_t word0, int words, int segment_words,
            float* totals, int64_t totals_stride) const {
-    const int64_t all_words = padded(weight.k) / 32, step = all_words * WORDS * 64;
-    const uint8_t* weights = repacked + output / 16 * step + word0 * WORDS * 64;
-    const int64_t groups = weight.group_size > 0 ? (weight.k + weight.group_size - 1) / weight.group_size : 0;
-    for (int64_t w = 0, s = 0; w < words; w += segment_words, ++s) {
-      const int count = static_cast<int>(std::min<int64_t>(segment_words, words - w));
-      __m512i acc[DIGITS][MR][NV];
-      const uint8_t* data = tile.data + w * 32 * kInputBytes;
-      if constexpr (kTables) {
-        add_tables<WORDS, DIGITS>(weights + w * WORDS * 64, step, data, tile.stride, count, acc);
-      } else {
-        add_levels<DIGITS, REST>(weights + w * WORDS * 64, step, data, tile.stride, count, levels, acc);
-      }
-      __m512 scale[NV];
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) {
-        if (!groups) break;
-        alignas(64) float lanes[16];
-        const int64_t group = (word0 + w) * 32 / weight.group_size;
-        for (int l = 0; l < 16; ++l) {
-          const int64_t n = std::min(output + 16 * v + l, weight.n - 1);
-          lanes[l] = rounded(weight.scale[n * groups + group], weight.round_scale);
-        }
-        scale[v] = _mm512_load_ps(lanes);
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < MR; ++r) {
-        const __m512 unit = _mm512_set1_ps(tile.unit[r * tile.segments + s]);
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) {
-          __m512i sum = acc[0][r][v];
-          if (DIGITS == 2) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), acc[DIGITS - 1][r][v]);
-          if (!kTables) {
-            sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(tile.offset[r * tile.segments + s]));
-          }
-          const __m512 by = groups ? _mm512_mul_ps(unit, scale[v]) : unit;
-          float* total = totals + r * totals_stride + 16 * v;
-          _mm512_storeu_ps(total, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), by, _mm512_loadu_ps(total)));
-        }
+    const int64_t step = padded(weight.k) / 32 * WORDS * 64;
+    float scale[kMostSegments * 16 * NV];
+    if (weight.group_size > 0) group_scales<NV>(output, word0, words, segment_words, scale);
+    const Block block{repacked + output / 16 * step + word0 * WORDS * 64, step, tile.data, tile.stride, words,
+                      segment_words, tile.unit, tile.offset, tile.segments,
+                      weight.group_size > 0 ? scale : nullptr, totals, totals_stride};
+    if constexpr (kTables) {
+      add_tables<WORDS, DIGITS, MR, NV>(block);
+    } else {
+      add_levels<DIGITS, REST, MR, NV>(block, levels);
+    }
+  }
+
+  // Scales of 16 NV outputs, segment by segment.
+  template <int NV>
+  void group_scales(int64_t output, int64_t word0, int words, int segment_words, float* scale) const {
+    const int64_t groups = (weight.k + weight.group_size - 1) / weight.group_size;
+    for (int w = 0; w < words; w += segment_words) {
+      const int64_t group = (word0 + w) * 32 / weight.group_size;
+      for (int i = 0; i < 16 * NV; ++i) {
+        const int64_t n = std::min(output + i, weight.n - 1);
+        *scale++ = rounded(weight.scale[n * groups + group], weight.round_scale);
       }
     }
   }
@@ -188,7 +172,8 @@ struct Kernel {
     const int segment_words = segment_of(weight.group_size, kSegment) / 32;
     const int rows = std::min(product.count, kRowsOfTile);
     int64_t chunk = kPrepared / (32 * kInputBytes * rows) / segment_words * segment_words;
-    chunk = std::min<int64_t>(std::max<int64_t>(chunk, segment_words), words);
+    chunk = std::clamp<int64_t>(chunk, segment_words, kMostSegments * segment_words);
+    chunk = std::min(chunk, words);
     const int64_t segments = (chunk + segment_words - 1) / segment_words;
     Prepared tile;
     tile.stride = (chunk * 32 * kInputBytes + 63) / 64 * 64;

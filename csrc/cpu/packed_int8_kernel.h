@@ -27,80 +27,149 @@ inline float largest_sum(const float* x, int count) {
   return std::bit_cast<float>(_mm512_reduce_max_epi32(most));
 }
 
+// Levels as multiples of 2^-14, for pairs of inputs, so that 16 bits hold them and what they lose is 3e-5.
+// Of 16 entries, four to a 128-bit lane, the same in all: the entries that bits 0 and 1 or 2 and 3 choose.
+struct Coefficients {
+  __m512i pair[5];
+
+  Coefficients(const float* levels, int words) {
+    const auto level = [&](int code) { return static_cast<int>(std::nearbyint(levels[code] * 16384)); };
+    const auto both = [](int even, int odd) { return (odd << 16) | (even & 0xFFFF); };
+    const auto lane = [](auto entry) {
+      return _mm512_broadcast_i32x4(_mm_setr_epi32(entry(0), entry(1), entry(2), entry(3)));
+    };
+    for (int j = 0; j < 4; ++j) {
+      pair[j] = words == 1 ? _mm512_set1_epi32(both(level(j & 1), level(j >> 1)))
+                           : lane([&](int e) { return both(level(e), level(j)); });
+    }
+    pair[4] = lane([&](int e) { return both(level(e & 1), level(e >> 1)); });  // one bit alone
+  }
+};
+
 // Tables of a segment: for each word and each of its registers 128 bytes, the even digits' and the odd
 // digits'; of two 8-bit digits first the high (signed), then the low (unsigned).
+//
+// Inputs become 16-bit integers of 7 more bits than an entry of one 8-bit digit, and a lane of 128 bits
+// holds the digits whose tables are a lane's: so sums need no rearrangement, and packing puts them in order.
+// Ties go up for one half of the entries and down for their negatives, which leaves no bias.
 template <int WORDS, int DIGITS>
-void build_tables(const float* x, int words, float inverse, const float* coefficients, uint8_t* tables) {
-  constexpr int kTerms = 4 / WORDS;
-  __m512 c[kTerms];
-  for (int j = 0; j < kTerms; ++j) {
-    c[j] = _mm512_mul_ps(_mm512_loadu_ps(coefficients + 16 * j), _mm512_set1_ps(inverse));
-  }
+void build_tables(const float* x, int words, float inverse, const Coefficients& coefficients,
+                  uint8_t* tables) {
+  constexpr int kShift = DIGITS == 1 ? 14 + 7 : 14;
+  const __m512 scale = _mm512_set1_ps(DIGITS == 1 ? inverse * 128 : inverse);
+  const __m512i half = _mm512_set1_epi32(1 << (kShift - 1)), one = _mm512_set1_epi32(1);
+  const __m512i byte = _mm512_set1_epi32(255);
+  const __m512i in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  const __m512i even_odd = _mm512_broadcast_i32x4(  // inputs 0 and 2, 1 and 3 of four
+      _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
   for (int w = 0; w < words; ++w, x += 32) {
-    for (int p = 0; p < WORDS; ++p, tables += 128 * DIGITS) {
-      for (int i = 0; i < 8; ++i) {
-        __m512 sum = _mm512_mul_ps(c[0], _mm512_set1_ps(x[4 * i + p]));
-        for (int j = 1; j < kTerms; ++j) {
-          sum = _mm512_fmadd_ps(c[j], _mm512_set1_ps(x[4 * i + p + WORDS * j]), sum);
+    __m512i inputs = _mm512_permutexvar_epi64(
+        in_order, _mm512_packs_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), scale)),
+                                     _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16), scale))));
+    if (WORDS == 2) inputs = _mm512_shuffle_epi8(inputs, even_odd);
+    const __m512i pairs[4] = {_mm512_shuffle_epi32(inputs, _MM_PERM_AAAA), _mm512_shuffle_epi32(inputs, _MM_PERM_BBBB),
+                              _mm512_shuffle_epi32(inputs, _MM_PERM_CCCC), _mm512_shuffle_epi32(inputs, _MM_PERM_DDDD)};
+    for (int p = 0; p < WORDS; ++p) {
+      for (int odd = 0; odd < 2; ++odd, tables += 64 * DIGITS) {
+        const __m512i up = WORDS == 1 ? _mm512_dpwssd_epi32(half, pairs[2 * odd], coefficients.pair[4]) : half;
+        const __m512i down = _mm512_sub_epi32(up, one);
+        const __m512i from = pairs[WORDS == 1 ? 2 * odd + 1 : 2 * odd + p];
+        __m512i entries[4];
+        for (int j = 0; j < 4; ++j) {
+          entries[j] = _mm512_srai_epi32(_mm512_dpwssd_epi32(j < 2 ? up : down, from, coefficients.pair[j]), kShift);
         }
-        const __m512i entries = _mm512_cvtps_epi32(sum);
-        uint8_t* to = tables + (i & 1) * 64 * DIGITS + (i / 2) * 16;
-        if (DIGITS == 1) {
-          _mm_store_si128((__m128i*)to, _mm512_cvtepi32_epi8(entries));
-        } else {
-          _mm_store_si128((__m128i*)to, _mm512_cvtepi32_epi8(_mm512_srai_epi32(entries, 8)));
-          _mm_store_si128((__m128i*)(to + 64), _mm512_cvtepi32_epi8(entries));
+        const auto high = [&](int j) { return DIGITS == 1 ? entries[j] : _mm512_srai_epi32(entries[j], 8); };
+        _mm512_store_si512(tables, _mm512_packs_epi16(_mm512_packs_epi32(high(0), high(1)),
+                                                      _mm512_packs_epi32(high(2), high(3))));
+        if (DIGITS == 2) {
+          const auto low = [&](int j) { return _mm512_and_si512(entries[j], byte); };
+          _mm512_store_si512(tables + 64, _mm512_packus_epi16(_mm512_packus_epi32(low(0), low(1)),
+                                                              _mm512_packus_epi32(low(2), low(3))));
         }
       }
     }
   }
 }
 
-// acc[r][v][digit] += look-ups of `words` words; weights of vector v are at v * step.
+// A register block: MR rows times 16 NV outputs, over the segments of a chunk.
+struct Block {
+  const uint8_t* weights;  // of outputs 16 v at v * step
+  int64_t step;
+  const uint8_t* data;  // tables or digits of row r at r * stride
+  int64_t stride;
+  int words, segment_words;
+  const float* unit;      // [row][segments]
+  const int32_t* offset;  // [row][segments]; levels alone
+  int64_t segments;
+  const float* scale;  // [segment][16 NV]; null where a scale is no segment's
+  float* totals;       // of row r at r * totals_stride
+  int64_t totals_stride;
+};
+
+// f(0), …, f(N − 1) with constants: g++ 12 keeps arrays in registers that nothing but constants index.
+template <int N, class F>
+[[gnu::always_inline]] inline void each(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+// totals += unit · scale · (256 sum[0] + sum[1] − offset) of segment s.
+template <bool OFFSET, int DIGITS, int MR, int NV>
+[[gnu::always_inline]] inline void add_segment(const Block& block, int64_t s, __m512i (&sums)[DIGITS][MR][NV]) {
+  each<MR>([&](auto r) __attribute__((always_inline)) {
+    const __m512 unit = _mm512_set1_ps(block.unit[r * block.segments + s]);
+    each<NV>([&](auto v) __attribute__((always_inline)) {
+      __m512i sum = sums[0][r][v];
+      if (DIGITS == 2) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), sums[DIGITS - 1][r][v]);
+      if (OFFSET) sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(block.offset[r * block.segments + s]));
+      const __m512 by = block.scale ? _mm512_mul_ps(unit, _mm512_loadu_ps(block.scale + (s * NV + v) * 16)) : unit;
+      float* total = block.totals + r * block.totals_stride + 16 * v;
+      _mm512_storeu_ps(total, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), by, _mm512_loadu_ps(total)));
+    });
+  });
+}
+
 template <int WORDS, int DIGITS, int MR, int NV>
-[[gnu::noinline]] void add_tables(const uint8_t* weights, int64_t step, const uint8_t* tables, int64_t stride,
-                       int words, __m512i (&result)[DIGITS][MR][NV]) {
+[[gnu::noinline]] void add_tables(const Block& block) {
   const __m512i low = _mm512_set1_epi8(15), quarter = _mm512_set1_epi32(0x30201000);
   const __m512i ones = _mm512_set1_epi8(1);
-  __m512i first[MR][NV] = {}, second[MR][NV] = {};
-  for (int w = 0; w < words * WORDS; ++w) {
-#pragma GCC unroll 8
-    for (int half = 0; half < 2; ++half) {
-      __m512i index[NV];
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) {
-        __m512i digits = _mm512_load_si512(weights + v * step + w * 64);
-        if (half) digits = _mm512_srli_epi32(digits, 4);
-        index[v] = _mm512_ternarylogic_epi32(digits, low, quarter, 0xEA);  // (digits & low) | quarter
-        settle(index[v]);
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < MR; ++r) {
-        const uint8_t* table = tables + r * stride + (w * 2 + half) * 64 * DIGITS;
-        const __m512i high = _mm512_load_si512(table);
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) {
-          first[r][v] = _mm512_dpbusd_epi32(first[r][v], ones, _mm512_permutexvar_epi8(index[v], high));
-          settle(first[r][v]);
-        }
-        if constexpr (DIGITS == 2) {
-          const __m512i rest = _mm512_load_si512(table + 64);
-#pragma GCC unroll 8
-          for (int v = 0; v < NV; ++v) {
-            second[r][v] = _mm512_dpbusd_epi32(second[r][v], _mm512_permutexvar_epi8(index[v], rest), ones);
-            settle(second[r][v]);
+  const uint8_t *weights = block.weights, *tables = block.data;
+  const int64_t step = block.step, stride = block.stride;
+  for (int word = 0, s = 0; word < block.words; word += block.segment_words, ++s) {
+    __m512i sums[DIGITS][MR][NV];
+    each<DIGITS * MR * NV>([&](auto i) __attribute__((always_inline)) {
+      sums[i / (MR * NV)][i / NV % MR][i % NV] = _mm512_setzero_si512();
+    });
+    const int count = std::min(block.segment_words, block.words - word) * WORDS;
+    for (int w = 0; w < count; ++w, weights += 64, tables += 128 * DIGITS) {
+      each<2>([&](auto half) __attribute__((always_inline)) {
+        __m512i index[NV];
+        each<NV>([&](auto v) __attribute__((always_inline)) {
+          __m512i digits = _mm512_load_si512(weights + v * step);
+          if (half) digits = _mm512_srli_epi32(digits, 4);
+          index[v] = _mm512_ternarylogic_epi32(digits, low, quarter, 0xEA);  // (digits & low) | quarter
+          settle(index[v]);
+        });
+        each<MR>([&](auto r) __attribute__((always_inline)) {
+          const uint8_t* table = tables + r * stride + half * 64 * DIGITS;
+          const __m512i high = _mm512_load_si512(table);
+          each<NV>([&](auto v) __attribute__((always_inline)) {
+            __m512i& sum = sums[0][r][v];
+            sum = _mm512_dpbusd_epi32(sum, ones, _mm512_permutexvar_epi8(index[v], high));
+            settle(sum);
+          });
+          if constexpr (DIGITS == 2) {
+            const __m512i rest = _mm512_load_si512(table + 64);
+            each<NV>([&](auto v) __attribute__((always_inline)) {
+              __m512i& sum = sums[1][r][v];
+              sum = _mm512_dpbusd_epi32(sum, _mm512_permutexvar_epi8(index[v], rest), ones);
+              settle(sum);
+            });
           }
-        }
-      }
+        });
+      });
     }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      result[0][r][v] = first[r][v];
-      if constexpr (DIGITS == 2) result[1][r][v] = second[r][v];
-    }
+    add_segment<false>(block, s, sums);
   }
 }
 
@@ -141,59 +210,53 @@ int32_t quantize(const float* x, int words, float inverse, uint8_t* out) {
 }
 
 template <int DIGITS, bool REST, int MR, int NV>
-[[gnu::noinline]] void add_levels(const uint8_t* weights, int64_t step, const uint8_t* inputs, int64_t stride,
-                       int words, const LevelTable& table, __m512i (&result)[DIGITS][MR][NV]) {
+[[gnu::noinline]] void add_levels(const Block& block, const LevelTable& table) {
   const __m512i low = _mm512_set1_epi8(15);
   const __m512i level = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table.level));
   const __m512i rest = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table.rest));
-  const auto input = [](const uint8_t* at) {
+  const auto input = [](const uint8_t* at) __attribute__((always_inline)) {
     int32_t four;
     std::memcpy(&four, at, 4);
     return _mm512_set1_epi32(four);
   };
-  __m512i first[MR][NV] = {}, second[MR][NV] = {};
-  for (int w = 0; w < words; ++w, inputs += 32 * DIGITS) {
-#pragma GCC unroll 8
-    for (int p = 0; p < 4; ++p) {
-#pragma GCC unroll 8
-      for (int half = 0; half < 2; ++half) {
+  const uint8_t *weights = block.weights, *inputs = block.data;
+  const int64_t step = block.step, stride = block.stride;
+  for (int word = 0, s = 0; word < block.words; word += block.segment_words, ++s) {
+    __m512i sums[DIGITS][MR][NV];
+    each<DIGITS * MR * NV>([&](auto i) __attribute__((always_inline)) {
+      sums[i / (MR * NV)][i / NV % MR][i % NV] = _mm512_setzero_si512();
+    });
+    const int count = std::min(block.segment_words, block.words - word);
+    for (int w = 0; w < count; ++w, weights += 256, inputs += 32 * DIGITS) {
+      each<8>([&](auto i) __attribute__((always_inline)) {
         __m512i value[NV], more[NV];
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) {
-          __m512i digits = _mm512_load_si512(weights + v * step + (w * 4 + p) * 64);
-          digits = _mm512_and_si512(half ? _mm512_srli_epi32(digits, 4) : digits, low);
+        each<NV>([&](auto v) __attribute__((always_inline)) {
+          __m512i digits = _mm512_load_si512(weights + v * step + i / 2 * 64);
+          digits = _mm512_and_si512(i % 2 ? _mm512_srli_epi32(digits, 4) : digits, low);
           value[v] = _mm512_shuffle_epi8(level, digits);
           if (REST) more[v] = _mm512_shuffle_epi8(rest, digits);
           settle(value[v]);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < MR; ++r) {
-          const uint8_t* at = inputs + r * stride + 4 * (2 * p + half);
+        });
+        each<MR>([&](auto r) __attribute__((always_inline)) {
+          const uint8_t* at = inputs + r * stride + 4 * i;
           const __m512i x = input(at);
-#pragma GCC unroll 8
-          for (int v = 0; v < NV; ++v) {
-            first[r][v] = _mm512_dpbusd_epi32(first[r][v], value[v], x);
-            if (REST) first[r][v] = _mm512_dpbusd_epi32(first[r][v], more[v], x);
-            settle(first[r][v]);
-          }
+          each<NV>([&](auto v) __attribute__((always_inline)) {
+            __m512i& sum = sums[0][r][v];
+            sum = _mm512_dpbusd_epi32(sum, value[v], x);
+            if (REST) sum = _mm512_dpbusd_epi32(sum, more[v], x);
+            settle(sum);
+          });
           if constexpr (DIGITS == 2) {
             const __m512i y = input(at + 32);
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) {
-              second[r][v] = _mm512_dpbusd_epi32(second[r][v], value[v], y);
-              settle(second[r][v]);
-            }
+            each<NV>([&](auto v) __attribute__((always_inline)) {
+              __m512i& sum = sums[1][r][v];
+              sum = _mm512_dpbusd_epi32(sum, value[v], y);
+              settle(sum);
+            });
           }
-        }
-      }
+        });
+      });
     }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      result[0][r][v] = first[r][v];
-      if constexpr (DIGITS == 2) result[1][r][v] = second[r][v];
-    }
+    add_segment<true>(block, s, sums);
   }
 }
