@@ -38,16 +38,14 @@ int segment_of(int64_t group_size, int most) {
   return segment;
 }
 
-// Levels as integers: u8 level + 128, the unit that they are multiples of, and what is missing of the
-// highest level, which is 128 where the lowest is 1.
+// Levels as integers: in 8 bits level + 128, of 0 to 255; in 16 bits as they are, twice.
 struct LevelTable {
   alignas(16) uint8_t level[16];
-  alignas(16) uint8_t rest[16];
-  float unit;
-  bool exact;  // all levels are multiples of the unit
-  bool has_rest;
+  alignas(64) int16_t wide[32];
+  float unit, wide_unit;
+  bool exact;  // all levels are multiples of wide_unit
 
-  LevelTable(const float* levels, int bits, Accuracy accuracy) {
+  LevelTable(const float* levels, int bits) {
     const int codes = 1 << bits;
     const auto fits = [&](int factor) {
       for (int c = 0; c < codes / 2; ++c) {
@@ -56,20 +54,17 @@ struct LevelTable {
       }
       return true;
     };
-    float factor = fits(128) ? 128 : 0;
-    for (int f = 1; f < 128; ++f) {
-      if (fits(f)) factor = f;  // the largest below 128, where there is one
-    }
+    int factor = 128;
+    while (factor > 0 && !fits(factor)) --factor;
     exact = factor != 0;
     if (!exact) factor = 127;
-    has_rest = factor == 128 && accuracy == Accuracy::high;
-    // Without the rest the highest level is 127: a unit between shares the error among all levels.
-    unit = factor == 128 && !has_rest ? 1 / 127.5f : 1 / factor;
-    for (int c = 0; c < 16; ++c) {
-      const float known = c < codes && levels[c] == levels[c] ? levels[c] : 0;
-      const int x = static_cast<int>(std::nearbyint(known * factor));
-      level[c] = static_cast<uint8_t>(std::min(x, 127) + 128);
-      rest[c] = x == 128;
+    wide_unit = 1.0f / factor;
+    // 8 bits lack +128: a unit between shares the error among all levels.
+    unit = factor == 128 ? 1 / 127.5f : wide_unit;
+    for (int c = 0; c < 32; ++c) {
+      const float known = c % 16 < codes && levels[c % 16] == levels[c % 16] ? levels[c % 16] : 0;
+      wide[c] = static_cast<int16_t>(std::nearbyint(known * factor));
+      if (c < 16) level[c] = static_cast<uint8_t>(std::min<int>(wide[c], 127) + 128);
     }
   }
 };
@@ -85,14 +80,14 @@ struct Prepared {
 
 #include "cpu/packed_int8_kernel.h"
 
-// One shape of the kernel. WORDS 4 is the way by levels.
-template <int WORDS, int DIGITS, bool REST>
+// One shape of the kernel. WORDS 4 is the way by levels, whose two digits are one number of 16 bits.
+template <int WORDS, int DIGITS>
 struct Kernel {
   static constexpr bool kTables = WORDS < 4;
   static constexpr int kInputBytes = kTables ? 4 * WORDS * DIGITS : DIGITS;  // of a prepared input
-  // 16 sums stay in registers. Decoding levels costs more than loading inputs: more rows share it.
+  // 16 sums stay in registers.
   static constexpr int kRowsOfTile = DIGITS == 2 && kTables ? 2 : 4;
-  static constexpr int kVectors = 16 / DIGITS / kRowsOfTile;
+  static constexpr int kVectors = 4;
   // Inputs of one unit at most: sums of two inputs in 8 bits are within 1e-2 with fewer.
   static constexpr int kSegment = WORDS == 2 && DIGITS == 1 ? 128 : 256;
 
@@ -107,7 +102,7 @@ struct Kernel {
   // False where the row has no such unit.
   bool prepare(const float* x, int words, int segment_words, uint8_t* data, float* unit,
                int32_t* offset) const {
-    constexpr float kMost = DIGITS == 1 ? 127.0f : kTables ? 32700.0f : 32512.0f;
+    constexpr float kMost = DIGITS == 1 ? 127.0f : 32700.0f;
     for (int w = 0; w < words; w += segment_words) {
       const int count = std::min(segment_words, words - w);
       const float most = kTables ? largest_sum<(kTables ? WORDS : 1)>(x + w * 32, count * 32)
@@ -115,12 +110,14 @@ struct Kernel {
       const bool zero = most == 0;
       if (!(zero || (most >= kLeast && most <= __FLT_MAX__ / 2))) return false;
       const float inverse = zero ? 0 : kMost / most;
-      *unit++ = zero ? 0 : most / kMost * (kTables ? 1 : levels.unit);
+      *unit++ = zero ? 0 : most / kMost * (kTables ? 1 : DIGITS == 1 ? levels.unit : levels.wide_unit);
       uint8_t* to = data + w * 32 * kInputBytes;
       if constexpr (kTables) {
         build_tables<WORDS, DIGITS>(x + w * 32, count, inverse, coefficients, to);
+      } else if constexpr (DIGITS == 1) {
+        *offset++ = 128 * quantize8(x + w * 32, count, inverse, to);
       } else {
-        *offset++ = 128 * quantize<DIGITS>(x + w * 32, count, inverse, to);
+        quantize16(x + w * 32, count, inverse, to);
       }
     }
     return true;
@@ -139,7 +136,7 @@ struct Kernel {
     if constexpr (kTables) {
       add_tables<WORDS, DIGITS, MR, NV>(block);
     } else {
-      add_levels<DIGITS, REST, MR, NV>(block, levels);
+      add_levels<DIGITS == 2, MR, NV>(block, levels);
     }
   }
 
@@ -159,7 +156,7 @@ struct Kernel {
   template <int MR>
   void add_outputs(const Prepared& tile, int64_t begin, int64_t end, int64_t word0, int words,
                    int segment_words, float* totals, int64_t stride) const {
-    constexpr int kWide = MR == 1 && DIGITS == 1 ? 8 : MR == 1 ? 4 : kVectors;
+    constexpr int kWide = MR == 1 && DIGITS == 1 ? 8 : kVectors;
     int64_t n = begin;
     for (; n + 16 * kWide <= end; n += 16 * kWide) {
       add<MR, kWide>(tile, n, word0, words, segment_words, totals + n - begin, stride);
@@ -233,22 +230,20 @@ struct Kernel {
   }
 };
 
-template <int WORDS, int DIGITS, bool REST>
+template <int WORDS, int DIGITS>
 bool run(const PackedMatrix& weight, const uint8_t* repacked, const LevelTable& levels,
          const Product& product) {
   thread_local Buffer prepared, totals;
-  return Kernel<WORDS, DIGITS, REST>(weight, repacked, levels).run(product, prepared, totals);
+  return Kernel<WORDS, DIGITS>(weight, repacked, levels).run(product, prepared, totals);
 }
 
 bool try_int8(const PackedMatrix& weight, const uint8_t* repacked, Accuracy accuracy,
                    const Product& product) {
-  const LevelTable levels(weight.levels, weight.bits, accuracy);
+  const LevelTable levels(weight.levels, weight.bits);
   const bool high = accuracy == Accuracy::high;
-  const auto call = weight.bits == 1   ? (high ? run<1, 2, false> : run<1, 1, false>)
-                    : weight.bits == 2 ? (high ? run<2, 2, false> : run<2, 1, false>)
-                    : !high            ? run<4, 1, false>
-                    : levels.has_rest  ? run<4, 2, true>
-                                       : run<4, 2, false>;
+  const auto call = weight.bits == 1   ? (high ? run<1, 2> : run<1, 1>)
+                    : weight.bits == 2 ? (high ? run<2, 2> : run<2, 1>)
+                                       : (high ? run<4, 2> : run<4, 1>);
   return call(weight, repacked, levels, product);
 }
 
@@ -288,7 +283,7 @@ bool has_int8(const PackedMatrix& weight, Accuracy accuracy) {
   return here && capability() == Capability::avx512 && accuracy != Accuracy::exact && whole_words && whole_book &&
          weight.round_weight == Rounding::none &&
          (weight.bits <= 2 || accuracy == Accuracy::fast ||
-          LevelTable(weight.levels, weight.bits, accuracy).exact);
+          LevelTable(weight.levels, weight.bits).exact);
 }
 
 }  // namespace blaq

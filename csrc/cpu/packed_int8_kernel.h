@@ -173,10 +173,9 @@ template <int WORDS, int DIGITS, int MR, int NV>
   }
 }
 
-// Inputs of a segment as integers, in the order that digits have them: 64 bytes a word of 32, first those
-// of the high 8-bit digit. Returns their sum.
-template <int DIGITS>
-int32_t quantize(const float* x, int words, float inverse, uint8_t* out) {
+// Inputs of a segment as 8-bit integers, in the order that digits have them: 32 bytes a word. Returns their
+// sum.
+inline int32_t quantize8(const float* x, int words, float inverse, uint8_t* out) {
   // byte 4 (2p + h) + j of a word is input 4 (2j + h) + p
   alignas(64) static constexpr auto kOrder = [] {
     std::array<uint8_t, 32> order{};
@@ -188,75 +187,70 @@ int32_t quantize(const float* x, int words, float inverse, uint8_t* out) {
   const __m256i order = _mm256_load_si256((const __m256i*)kOrder.data());
   const __m512 scale = _mm512_set1_ps(inverse);
   __m512i sum = _mm512_setzero_si512();
-  for (int w = 0; w < words; ++w, x += 32, out += 32 * DIGITS) {
+  for (int w = 0; w < words; ++w, x += 32, out += 32) {
     const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), scale));
     const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16), scale));
     sum = _mm512_add_epi32(sum, _mm512_add_epi32(a, b));
-    const auto bytes = [&](__m512i first, __m512i second) {
-      const __m256i both = _mm256_set_m128i(_mm512_cvtepi32_epi8(second), _mm512_cvtepi32_epi8(first));
-      return _mm256_permutexvar_epi8(order, both);
-    };
-    if (DIGITS == 1) {
-      _mm256_storeu_si256((__m256i*)out, bytes(a, b));
-    } else {  // x = 256 high + low, both signed
-      const __m512i half = _mm512_set1_epi32(128);
-      const __m512i ha = _mm512_srai_epi32(_mm512_add_epi32(a, half), 8);
-      const __m512i hb = _mm512_srai_epi32(_mm512_add_epi32(b, half), 8);
-      _mm256_storeu_si256((__m256i*)out, bytes(ha, hb));
-      _mm256_storeu_si256((__m256i*)(out + 32), bytes(a, b));
-    }
+    const __m256i both = _mm256_set_m128i(_mm512_cvtepi32_epi8(b), _mm512_cvtepi32_epi8(a));
+    _mm256_storeu_si256((__m256i*)out, _mm256_permutexvar_epi8(order, both));
   }
   return _mm512_reduce_add_epi32(sum);
 }
 
-template <int DIGITS, bool REST, int MR, int NV>
+// As 16-bit integers: inputs i and i + 16 of a word side by side, as shifts of a register have their digits.
+inline void quantize16(const float* x, int words, float inverse, uint8_t* out) {
+  const __m512 scale = _mm512_set1_ps(inverse);
+  for (int w = 0; w < words; ++w, x += 32, out += 64) {
+    const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), scale));
+    const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16), scale));
+    _mm512_store_si512(out, _mm512_mask_blend_epi16(0xAAAAAAAA, a, _mm512_slli_epi32(b, 16)));
+  }
+}
+
+inline __m512i four_bytes(const uint8_t* at) {
+  int32_t four;
+  std::memcpy(&four, at, 4);
+  return _mm512_set1_epi32(four);
+}
+
+// Levels and inputs of 8 bits, 64 products an instruction, or of 16 bits, 32.
+template <bool WIDE, int MR, int NV>
 [[gnu::noinline]] void add_levels(const Block& block, const LevelTable& table) {
   const __m512i low = _mm512_set1_epi8(15);
-  const __m512i level = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table.level));
-  const __m512i rest = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table.rest));
-  const auto input = [](const uint8_t* at) __attribute__((always_inline)) {
-    int32_t four;
-    std::memcpy(&four, at, 4);
-    return _mm512_set1_epi32(four);
-  };
+  const __m512i level = WIDE ? _mm512_load_si512(table.wide)
+                             : _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table.level));
   const uint8_t *weights = block.weights, *inputs = block.data;
   const int64_t step = block.step, stride = block.stride;
   for (int word = 0, s = 0; word < block.words; word += block.segment_words, ++s) {
-    __m512i sums[DIGITS][MR][NV];
-    each<DIGITS * MR * NV>([&](auto i) __attribute__((always_inline)) {
-      sums[i / (MR * NV)][i / NV % MR][i % NV] = _mm512_setzero_si512();
-    });
+    __m512i sums[1][MR][NV];
+    each<MR * NV>([&](auto i) __attribute__((always_inline)) { sums[0][i / NV][i % NV] = _mm512_setzero_si512(); });
     const int count = std::min(block.segment_words, block.words - word);
-    for (int w = 0; w < count; ++w, weights += 256, inputs += 32 * DIGITS) {
-      each<8>([&](auto i) __attribute__((always_inline)) {
-        __m512i value[NV], more[NV];
-        each<NV>([&](auto v) __attribute__((always_inline)) {
-          __m512i digits = _mm512_load_si512(weights + v * step + i / 2 * 64);
-          digits = _mm512_and_si512(i % 2 ? _mm512_srli_epi32(digits, 4) : digits, low);
-          value[v] = _mm512_shuffle_epi8(level, digits);
-          if (REST) more[v] = _mm512_shuffle_epi8(rest, digits);
-          settle(value[v]);
-        });
-        each<MR>([&](auto r) __attribute__((always_inline)) {
-          const uint8_t* at = inputs + r * stride + 4 * i;
-          const __m512i x = input(at);
+    for (int w = 0; w < count; ++w, weights += 256, inputs += WIDE ? 64 : 32) {
+      each<4>([&](auto p) __attribute__((always_inline)) {
+        each<(WIDE ? 4 : 2)>([&](auto shift) __attribute__((always_inline)) {
+          __m512i value[NV];
           each<NV>([&](auto v) __attribute__((always_inline)) {
-            __m512i& sum = sums[0][r][v];
-            sum = _mm512_dpbusd_epi32(sum, value[v], x);
-            if (REST) sum = _mm512_dpbusd_epi32(sum, more[v], x);
-            settle(sum);
+            __m512i digits = _mm512_load_si512(weights + v * step + p * 64);
+            if (WIDE) {  // the table is there twice: bit 4, of another digit, does not matter
+              if (shift) digits = _mm512_srli_epi16(digits, 4 * shift);
+              value[v] = _mm512_permutexvar_epi16(digits, level);
+            } else {
+              if (shift) digits = _mm512_srli_epi32(digits, 4);
+              value[v] = _mm512_shuffle_epi8(level, _mm512_and_si512(digits, low));
+            }
+            settle(value[v]);
           });
-          if constexpr (DIGITS == 2) {
-            const __m512i y = input(at + 32);
+          each<MR>([&](auto r) __attribute__((always_inline)) {
+            const __m512i x = four_bytes(inputs + r * stride + 4 * (WIDE ? 4 * shift + p : 2 * p + shift));
             each<NV>([&](auto v) __attribute__((always_inline)) {
-              __m512i& sum = sums[1][r][v];
-              sum = _mm512_dpbusd_epi32(sum, value[v], y);
+              __m512i& sum = sums[0][r][v];
+              sum = WIDE ? _mm512_dpwssd_epi32(sum, value[v], x) : _mm512_dpbusd_epi32(sum, value[v], x);
               settle(sum);
             });
-          }
+          });
         });
       });
     }
-    add_segment<true>(block, s, sums);
+    add_segment<!WIDE>(block, s, sums);
   }
 }

@@ -69,15 +69,19 @@ void linear_int8(const Tensor& input, PackedMatrix weight, const uint8_t* repack
   }
   const auto body = [&](int64_t first_row, int64_t last_row, int64_t begin, int64_t end) {
     thread_local Buffer row_buffer, result_buffer;
+    constexpr bool kDirect = std::is_same_v<T, float>;
     const int64_t width = end - begin;
     for (int64_t row = first_row; row < last_row; row += kFewRows) {
       const int count = static_cast<int>(std::min(kFewRows, last_row - row));
-      float* rows = row_buffer.take(kFewRows * stride);
-      for (int r = 0; r < count; ++r) {
-        BLAQ_VARIANT(widen<T, float>)(x + (row + r) * k, rows + r * stride, k);
-        std::fill(rows + r * stride + k, rows + (r + 1) * stride, 0.0f);
+      const float* rows = reinterpret_cast<const float*>(x + row * k);
+      if (!kDirect || stride != k) {
+        float* copy = row_buffer.take(kFewRows * stride);
+        for (int r = 0; r < count; ++r) {
+          BLAQ_VARIANT(widen<T, float>)(x + (row + r) * k, copy + r * stride, k);
+          std::fill(copy + r * stride + k, copy + (r + 1) * stride, 0.0f);
+        }
+        rows = copy;
       }
-      constexpr bool kDirect = std::is_same_v<T, float>;
       T* to = y + row * n + begin;
       float* out = kDirect ? reinterpret_cast<float*>(to) : result_buffer.take(kFewRows * width);
       multiply_int8(weight, repacked, accuracy, {rows, stride, count, begin, end, out, kDirect ? n : width});
