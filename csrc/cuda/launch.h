@@ -1,0 +1,53 @@
+// Launches of kernels and their shared memory, for nvcc; emulate.h has the same for the host.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace blaq {
+
+struct Grid {
+  dim3 blocks, threads;
+  size_t shared = 0;  // bytes of dynamic shared memory
+};
+
+using Stream = cudaStream_t;
+
+inline void check_cuda(cudaError_t status) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // so that the next launch does not see it again
+  throw std::runtime_error(std::string("blaq: CUDA says: ") + cudaGetErrorString(status));
+}
+
+// Starts `kernel` and checks that it started. std::runtime_error where it did not.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const Grid& grid, Stream stream, Arguments... arguments) {
+  if (grid.shared > 48 << 10) {  // more than every architecture grants unasked
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(grid.shared)));
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid.blocks;
+  config.blockDim = grid.threads;
+  config.dynamicSmemBytes = grid.shared;
+  config.stream = stream;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+template <typename T>
+__device__ __forceinline__ T* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char blaq_dynamic_shared[];
+  return reinterpret_cast<T*>(blaq_dynamic_shared);
+}
+
+// One T of shared memory for each kernel that asks for it, without a value at first.
+template <typename T>
+__device__ __forceinline__ T& shared() {
+  __shared__ __align__(16) unsigned char memory[sizeof(T)];
+  return *reinterpret_cast<T*>(memory);
+}
+
+}  // namespace blaq
