@@ -85,9 +85,8 @@ template <int WORDS, int DIGITS>
 struct Kernel {
   static constexpr bool kTables = WORDS < 4;
   static constexpr int kInputBytes = kTables ? 4 * WORDS * DIGITS : DIGITS;  // of a prepared input
-  // 16 sums stay in registers.
-  static constexpr int kRowsOfTile = DIGITS == 2 && kTables ? 2 : 4;
-  static constexpr int kVectors = 4;
+  static constexpr int kRowsOfTile = 4;
+  static constexpr int kSums = DIGITS == 2 && kTables ? 8 : 16;  // that stay in registers
   // Inputs of one unit at most: sums of two inputs in 8 bits are within 1e-2 with fewer.
   static constexpr int kSegment = WORDS == 2 && DIGITS == 1 ? 128 : 256;
 
@@ -156,7 +155,7 @@ struct Kernel {
   template <int MR>
   void add_outputs(const Prepared& tile, int64_t begin, int64_t end, int64_t word0, int words,
                    int segment_words, float* totals, int64_t stride) const {
-    constexpr int kWide = MR == 1 && DIGITS == 1 ? 8 : kVectors;
+    constexpr int kWide = MR == 1 && DIGITS == 1 ? 8 : std::min(4, kSums / MR);
     int64_t n = begin;
     for (; n + 16 * kWide <= end; n += 16 * kWide) {
       add<MR, kWide>(tile, n, word0, words, segment_words, totals + n - begin, stride);
@@ -192,18 +191,16 @@ struct Kernel {
             return false;
           }
         }
-        float* to = totals + r * width;
-        if (count == 1) {
-          add_outputs<1>(tile, product.begin, product.begin + width, word, now, segment_words, to, width);
-        } else if (count <= 2) {
-          add_outputs<2>(tile, product.begin, product.begin + width, word, now, segment_words, to, width);
-        } else if constexpr (kRowsOfTile == 4) {
-          if (count == 3) {
-            add_outputs<3>(tile, product.begin, product.begin + width, word, now, segment_words, to, width);
-          } else {
-            add_outputs<4>(tile, product.begin, product.begin + width, word, now, segment_words, to, width);
+        const auto add_rows = [&](auto mr) {
+          if (count == mr) {
+            add_outputs<mr>(tile, product.begin, product.begin + width, word, now, segment_words,
+                            totals + r * width, width);
           }
-        }
+        };
+        add_rows(std::integral_constant<int, 1>{});
+        add_rows(std::integral_constant<int, 2>{});
+        add_rows(std::integral_constant<int, 3>{});
+        add_rows(std::integral_constant<int, 4>{});
       }
     }
     finish(product, totals, width);
