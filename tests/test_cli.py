@@ -204,7 +204,7 @@ def test_pack_equals_what_train_wrote_and_what_was_trained(capsys, runs, tmp_pat
     fresh = blaq.train.models.build(config.model, 10, (1, 28, 28), width=config.width)
     floats = blaq.unpack(blaq.load(out, fresh))
     assert all(torch.equal(weights[name], p) for name, p in floats.named_parameters())
-    assert fails(capsys, "pack", runs / "fp").endswith("run must be of method laq or blaq, got fp")
+    assert fails(capsys, "pack", runs / "fp").endswith("fit a packed format, got fp")
     assert "No such file" in fails(capsys, "pack", runs / "blaq", "--out", tmp_path / "no" / "m")
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import blaq
+from blaq.methods import make_method
 from blaq.train import data as datasets
-from blaq.train import loop
 from blaq.train.checkpoint import CHECKPOINT, CONFIG, METRICS
 from blaq.train.config import TrainConfig
 from blaq.train.loop import evaluate, learning_rate, restore, train
@@ -20,7 +20,9 @@ METHODS = {
     "fp": {"method": "fp", "max_grad_norm": 1.0},
     "laq": {"method": "laq", "bits": 2, "group_size": -1},
     "blaq": {"bits": 1, "augment": True, "last_bits": "8"},
-    "one-pass": {"bits": 3, "one_pass": True, "solve": "exact", "first_bits": "fp"},
+    "one-pass": {"method": "blaq-one-pass", "bits": 3, "solve": "exact", "first_bits": "fp"},
+    "bc": {"method": "bc", "model": "mlp4", "width": 0.01, "first_bits": "8"},
+    "twn": {"method": "twn-exact", "optimizer": "sgd", "validation": 40},
     "batch-norm": {"model": "mlp4", "width": 0.01, "bits": 2, "amp": "bf16", "schedule": "step"},
 }
 
@@ -50,7 +52,7 @@ def tensors(value):
 
 def assert_same(first, second, out, other):
     """Two runs: every tensor of model and optimizer, every metric but the time."""
-    for a, b in ((first.model, second.model), (first.optimizer, second.optimizer)):
+    for a, b in ((first.model, second.model), (first.method, second.method)):
         left, right = tensors(a.state_dict()), tensors(b.state_dict())
         assert len(left) == len(right) > 0
         assert all(torch.equal(x, y) for x, y in zip(left, right, strict=True))
@@ -187,7 +189,7 @@ def test_training_that_diverges_is_an_error(tmp_path, data, monkeypatch):
 def test_layers_get_their_widths():
     run = config("blaq", first_bits="fp", last_bits="4", bits=2)
     model = build("lenet5", 10, (1, 28, 28), width=0.1)
-    loop.make_optimizer(model, run)
+    make_method(model, run, 1)
     widths = {name: getattr(blaq.quantization_of(p), "bits", None)
               for name, p in model.named_parameters() if name.endswith("weight")}
     assert widths == {"conv1.weight": None, "conv2.weight": 2, "fc1.weight": 2, "fc2.weight": 4}

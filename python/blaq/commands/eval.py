@@ -5,8 +5,8 @@
   blaq eval model.safetensors --config run.toml               a file elsewhere
 
 A file needs to know its network and data: from config.json beside it, or from --config.
-Accuracy is the share of images whose largest logit is the right class; loss is the mean
-cross-entropy in nats.
+Accuracy is the share of images whose largest logit is the right class; loss is the mean of the
+run's: cross-entropy in nats, or squared hinge.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from ..train import data as datasets
 from ..train.checkpoint import CONFIG
 from ..train.config import TrainConfig, load_config
 from ..train.loop import check_device, evaluate, restore
-from ..train.models import build
 from ..train.weights import load_any
 
 
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         split = getattr(_data(config, args), args.split)
     else:
         config, model, split = _from_file(args)
-    loss, accuracy = evaluate(model.to(args.device), split)
+    loss, accuracy = evaluate(model.to(args.device), split, loss=config.loss)
     correct = round(accuracy * len(split))
     if args.json:
         print(json.dumps({"target": str(args.target), "split": args.split, "images": len(split),
@@ -74,5 +73,5 @@ def _from_file(args: argparse.Namespace) -> tuple[TrainConfig, nn.Module, datase
                          "try --config")
     config = load_config(beside)
     split = getattr(_data(config, args), args.split)
-    model = build(config.model, split.num_classes, split.in_shape, width=config.width)
+    model = config.build(split.num_classes, split.in_shape)
     return config, load_any(model, args.target), split

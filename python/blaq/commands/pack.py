@@ -13,22 +13,23 @@ import argparse
 from pathlib import Path
 
 from .._text import size
-from ..convert import pack
+from ..convert import is_quantized, pack
 from ..io import save
 from ..nn import PackedLayer
 from ..train.loop import restore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="run folder of blaq train, method laq or blaq")
+    parser.add_argument("run", type=Path, help="run folder of blaq train")
     parser.add_argument("--out", type=Path, metavar="FILE",
                         help="file to write (default: packed.safetensors in the run folder)")
 
 
 def run(args: argparse.Namespace) -> int:
     config, (model, _, history) = restore(args.run)
-    if not config.quantized:
-        raise ValueError(f"run must be of method laq or blaq, got {config.method}")
+    if not any(map(is_quantized, model.modules())):
+        raise ValueError("run must be of a method whose weights fit a packed format, "
+                         f"got {config.method}")
     out = args.out or args.run / "packed.safetensors"
     floats = sum(4 * param.numel() for param in model.parameters())
     pack(model)

@@ -1,4 +1,4 @@
-"""Train a network, in full precision (fp), by LAQ, or by BLAQ, into a run folder.
+"""Train a network, in full precision (fp), by BLAQ, LAQ, or another method, into a run folder.
 
   blaq train                                        LeNet-5 on the bundled digits, 1 bit, BLAQ
   blaq train --method laq --bits 2 --seed 1
@@ -7,9 +7,9 @@
   blaq train --resume --out runs/digits-lenet5-blaq1-s0
 
 The folder holds config.json, metrics.jsonl (a line for each epoch), checkpoint.pt (to resume from;
-the result is the same, bit for bit), model.safetensors (the weights as floats) and, if quantized,
-packed.safetensors (the same weights bit-packed: blaq eval, blaq inspect, blaq.load). Ctrl-C leaves
-the last finished epoch.
+the result is the same, bit for bit), model.safetensors (the weights as floats) and, if
+a packed format holds them, packed.safetensors (the same weights bit-packed: blaq eval, blaq
+inspect, blaq.load). Ctrl-C leaves the last finished epoch.
 
 Data are read from local copies in their original formats, from --data-dir or $BLAQ_DATA/<data>:
 mnist (idx, plain or .gz; any MNIST-like set), cifar10 and cifar100 (binary version), svhn (cropped,
@@ -28,11 +28,11 @@ from torch import nn
 
 from .._extras import import_extra
 from .._text import percent, size, table
-from ..convert import pack
+from ..convert import is_quantized, pack
 from ..io import save
 from ..train import loop
 from ..train.checkpoint import CHECKPOINT, CONFIG
-from ..train.config import TrainConfig, load_config
+from ..train.config import TrainConfig, load_config, read_config
 from ..train.weights import save_weights
 
 SECTIONS = {"model": "network and data", "method": "quantization", "epochs": "optimization",
@@ -95,23 +95,25 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted; go on with: blaq train --resume --out {out}") from None
-    sizes = _write_models(config, result.model, out)
+    sizes = _write_models(result.model, out)
     print(_summary(result.history, sizes))
     return 0
 
 
 def _configured(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
     """The run's config, flags over file, and its folder."""
+    flags = {entry.name: getattr(args, entry.name) for entry in fields(TrainConfig)
+             if hasattr(args, entry.name)}
     if args.resume:
         if args.out is None or args.config is not None:
             raise ValueError("--resume must go with --out, the folder to resume, and no --config")
         if not (args.out / CONFIG).is_file():
             raise ValueError(f"--out must be a run to resume, got {args.out} without {CONFIG}")
-        config = load_config(args.out / CONFIG)
+        config = load_config(args.out / CONFIG).replaced(flags)
+    elif args.config is None:
+        config = TrainConfig.of(flags)
     else:
-        config = TrainConfig() if args.config is None else load_config(args.config)
-    config = config.replaced({entry.name: getattr(args, entry.name) for entry in fields(TrainConfig)
-                              if hasattr(args, entry.name)})
+        config = read_config(args.config, **flags)
     return config, args.out or Path("runs") / config.label
 
 
@@ -139,20 +141,22 @@ def _epoch_line(line: dict[str, Any], epochs: int) -> str:
     return "  ".join([*parts, f"{line['seconds']:.1f} s"])
 
 
-def _write_models(config: TrainConfig, model: nn.Module, out: Path) -> dict[str, int]:
+def _write_models(model: nn.Module, out: Path) -> dict[str, int]:
     """Write the model files; bytes of each by name."""
     names = ["model.safetensors"]
     save_weights(model, out / names[0])
-    if config.quantized:
+    if any(map(is_quantized, model.modules())):
         names.append("packed.safetensors")
         save(pack(model), out / names[1])
     return {name: (out / name).stat().st_size for name in [*names, CHECKPOINT]}
 
 
 def _summary(history: list[dict[str, Any]], sizes: dict[str, int]) -> str:
-    last, best = history[-1], max(history, key=lambda line: line["test_accuracy"])
+    criterion = "valid_accuracy" if "valid_accuracy" in history[-1] else "test_accuracy"
+    last, best = history[-1], max(history, key=lambda line: line[criterion])
+    which = "best validation epoch's" if criterion == "valid_accuracy" else "best epoch's"
     rows = [("", ""), ("test accuracy", percent(last["test_accuracy"])),
-            ("best epoch's", f"{percent(best['test_accuracy'])} (epoch {best['epoch']})"),
+            (which, f"{percent(best['test_accuracy'])} (epoch {best['epoch']})"),
             ("gradient evaluations", str(last["evaluations"])),
             ("time", f"{sum(line['seconds'] for line in history):.1f} s"),
             *((name, size(count)) for name, count in sizes.items())]

@@ -20,12 +20,12 @@ import torch
 __all__ = ["CHECKPOINT", "CONFIG", "METRICS", "load_checkpoint", "save_checkpoint", "write_whole"]
 
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.json", "metrics.jsonl"
-VERSION = 1
+VERSION = 2
 CONTENT: dict[str, Any] = {
-    "version": int, "config": dict, "in_shape": tuple, "num_classes": int, "model": dict,
-    "optimizer": dict, "oscillation": (dict, type(None)), "order": torch.Tensor,
-    "random": torch.Tensor, "random_cuda": (torch.Tensor, type(None)), "evaluations": int,
-    "history": list}
+    "version": int, "config": dict, "in_shape": tuple, "num_classes": int,
+    "steps_per_epoch": int, "model": dict, "method": dict, "oscillation": (dict, type(None)),
+    "order": torch.Tensor, "random": torch.Tensor, "random_cuda": (torch.Tensor, type(None)),
+    "evaluations": int, "history": list}
 """Keys of a checkpoint and the types of their values."""
 
 

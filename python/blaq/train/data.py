@@ -19,7 +19,8 @@ from .._extras import import_extra
 from .images import read_folder
 from .readers import read_cifar, read_idx_pair, read_svhn
 
-__all__ = ["DATA", "Data", "Split", "augmented", "batches", "default_folder", "load"]
+__all__ = ["DATA", "Data", "Split", "augmented", "batches", "default_folder", "held_out",
+           "load"]
 
 CHUNK = 4096
 """Images that statistics are computed over at a time."""
@@ -104,6 +105,22 @@ def load(name: str, folder: str | Path | None = None) -> Data:
                          f"{list(images.shape[1:])}, got {list(test_images.shape[1:])}")
     return Data(Split(images, labels, num_classes, mean, std),
                 Split(test_images, test_labels, num_classes, mean, std))
+
+
+def held_out(split: Split, count: int) -> tuple[Split, Split]:
+    """All but ``count`` images, and these: the same for every run, in their own order.
+
+    Raises:
+        ValueError: nothing would be left to train on.
+    """
+    if not 0 < count < len(split):
+        raise ValueError(f"blaq.data: validation must leave some of the {len(split)} training "
+                         f"images, got {count}")
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    parts = (order[count:].sort().values, order[:count].sort().values)
+    rest, held = (replace(split, images=split.images[part], labels=split.labels[part])
+                  for part in parts)
+    return rest, held
 
 
 def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:

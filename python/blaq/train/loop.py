@@ -13,30 +13,30 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim import AdamW, Optimizer
+from torch.nn.utils import parametrize
 
+from ..methods import make_method
+from ..methods.method import Method
 from ..metrics import OscillationTracker, flip_ratio
 from ..optim import BLAQ
-from ..param_groups import param_groups
 from . import checkpoint as files
 from . import data as datasets
 from .config import FLEXIBLE, TrainConfig
-from .models import build
+from .losses import LOSSES
 from .weights import load_weights
 
-__all__ = ["TrainResult", "check_device", "evaluate", "learning_rate", "make_optimizer", "restore",
-           "train"]
+__all__ = ["TrainResult", "check_device", "evaluate", "learning_rate", "restore", "train"]
 
 log = logging.getLogger("blaq")
 Line = dict[str, Any]
 
 
 class TrainResult(NamedTuple):
-    """A trained model, its optimizer, and one dict for each epoch (the lines of metrics.jsonl)."""
+    """A trained model with the weights that ship, the method that trained it, and one dict for each
+    epoch (the lines of metrics.jsonl)."""
 
     model: nn.Module
-    optimizer: Optimizer
+    method: Method
     history: list[Line]
 
 
@@ -51,8 +51,9 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True,
     generators are as before when this returns.
 
     An epoch's line: ``epoch`` (from 1), ``evaluations`` (of gradients, so far), ``train_loss``
-    (mean over the batches, at the weights before each step), ``test_loss``, ``test_accuracy`` (0 to
-    1), ``lr`` (of the last step), ``flip_ratio`` (share of codes that a step changes, mean over the
+    (mean over the batches, at the weights before each step), ``valid_loss`` and ``valid_accuracy``
+    (only where images are held out), ``test_loss``, ``test_accuracy`` (0 to 1), ``lr`` (of the last
+    step), ``flip_ratio`` (share of codes that a step changes, mean over the
     epoch), ``oscillation`` (mean frequency, see :class:`blaq.OscillationTracker`), both None where
     not measured, and ``seconds``.
 
@@ -74,16 +75,23 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True,
     saved = _saved(config, out, resume)
     if saved is not None and len(saved["history"]) == config.epochs:
         with _environment(config):
-            return _Run(config, saved["in_shape"], saved["num_classes"], saved).result
+            return _Run.continued(config, saved).result
     data = data or datasets.load(config.data, config.data_dir or None)
-    train_split, test_split = (split.to(config.device) for split in data)
+    measured = {"test": data.test}
+    train_split = data.train
+    if config.validation:
+        train_split, valid = datasets.held_out(train_split, config.validation)
+        measured = {"valid": valid, **measured}
+    train_split = train_split.to(config.device)
+    measured = {name: split.to(config.device) for name, split in measured.items()}
     with _environment(config):
-        run = _Run(config, train_split.in_shape, train_split.num_classes, saved)
+        run = _Run(config, train_split.in_shape, train_split.num_classes,
+                   max(1, len(train_split) // config.batch_size), saved)
         out.mkdir(parents=True, exist_ok=True)
         files.write_json(out / files.CONFIG, config.as_dict())
         files.write_metrics(out / files.METRICS, run.history)
         while len(run.history) < config.epochs:
-            line = run.epoch(train_split, test_split, on_batch)
+            line = run.epoch(train_split, measured, on_batch)
             files.save_checkpoint(out / files.CHECKPOINT, run.state())
             files.write_metrics(out / files.METRICS, run.history)
             if on_epoch is not None:
@@ -92,7 +100,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True,
 
 
 def restore(out: str | Path) -> tuple[TrainConfig, TrainResult]:
-    """Config, model and optimizer of a run folder as of its last finished epoch, on the CPU.
+    """Config, model and method of a run folder as of its last finished epoch, on the CPU.
 
     Raises:
         ValueError: the folder has no checkpoint, or a damaged one.
@@ -100,26 +108,27 @@ def restore(out: str | Path) -> tuple[TrainConfig, TrainResult]:
     saved = files.load_checkpoint(Path(out) / files.CHECKPOINT)
     config = TrainConfig().replaced({**saved["config"], "device": "cpu"})
     with _environment(config):
-        return config, _Run(config, saved["in_shape"], saved["num_classes"], saved).result
+        return config, _Run.continued(config, saved).result
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, dataset: datasets.Split,
-             batch_size: int = 500) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (0 to 1) over a data set, in evaluation mode, in float32."""
+def evaluate(model: nn.Module, dataset: datasets.Split, batch_size: int = 500,
+             loss: str = "cross-entropy") -> tuple[float, float]:
+    """Mean loss and accuracy (0 to 1) over a data set, in evaluation mode, in float32."""
     device = next(chain(model.parameters(), model.buffers())).device
     was_training = model.training
     model.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    for images, labels in zip(dataset.images.split(batch_size), dataset.labels.split(batch_size),
-                              strict=True):
-        logits = model(dataset.normalise(images).to(device)).float()
-        labels = labels.to(device)
-        loss += F.cross_entropy(logits, labels, reduction="sum")
-        correct += (logits.argmax(1) == labels).sum()
+    with parametrize.cached():  # weights that the forward pass quantizes: once, not in every batch
+        for images, labels in zip(dataset.images.split(batch_size),
+                                  dataset.labels.split(batch_size), strict=True):
+            logits = model(dataset.normalise(images).to(device)).float()
+            labels = labels.to(device)
+            total += LOSSES[loss](logits, labels, reduction="sum")
+            correct += (logits.argmax(1) == labels).sum()
     model.train(was_training)
-    return loss.item() / len(dataset), correct.item() / len(dataset)
+    return total.item() / len(dataset), correct.item() / len(dataset)
 
 
 def check_device(name: str) -> None:
@@ -135,22 +144,6 @@ def check_device(name: str) -> None:
                          f"got {name!r}")
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """The config's optimizer; a BLAQ one quantizes the model's weights at once."""
-    if not config.quantized:
-        return AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
-    groups = param_groups(model, config.bits, first=_width(config.first_bits),
-                          last=_width(config.last_bits))
-    return BLAQ(groups, config.lr, codebook=config.codebook, group_size=config.group_size,
-                backtrack=config.backtrack_used, max_iter=config.max_iter, method=config.solve,
-                one_pass=config.one_pass, weight_decay=config.weight_decay, clip=config.clip)
-
-
-def _width(text: str) -> int | str | None:
-    """A layer's width as ``param_groups`` takes it."""
-    return int(text) if text.isdigit() else None if text == "same" else text
-
-
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """Learning rate of a step, counted from 0 over the whole run."""
     warmup, total = config.warmup * steps_per_epoch, config.epochs * steps_per_epoch
@@ -159,7 +152,11 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     if config.schedule == "cosine":
         return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
     if config.schedule == "step":
-        return config.lr * 0.1 ** ((step >= total / 2) + (step >= total * 3 / 4))
+        passed = sum(step >= epoch * steps_per_epoch for epoch in config.milestone_epochs)
+        return config.lr * config.gamma ** passed
+    if config.schedule == "exponential":
+        passed = step // steps_per_epoch - math.ceil(config.milestone_epochs[0])
+        return config.lr * config.gamma ** max(0, passed)
     return config.lr
 
 
@@ -203,25 +200,31 @@ class _Run:
     """What changes while a run goes on."""
 
     def __init__(self, config: TrainConfig, in_shape: tuple[int, int, int], num_classes: int,
-                 saved: dict[str, Any] | None) -> None:
+                 steps_per_epoch: int, saved: dict[str, Any] | None) -> None:
         self.config, self.in_shape, self.num_classes = config, in_shape, num_classes
-        self.model = build(config.model, num_classes, in_shape, width=config.width)
+        self.steps_per_epoch = steps_per_epoch
+        self.model = config.build(num_classes, in_shape)
         if config.init and saved is None:
             load_weights(self.model, Path(config.init))
         self.model.to(config.device)
+        self.method = make_method(self.model, config, steps_per_epoch)
         if saved is not None:
             self.model.load_state_dict(saved["model"])
-        self.optimizer = make_optimizer(self.model, config)
-        if saved is not None:
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.method.load_state_dict(saved["method"])
+        self.blaq = self.method.optimizer if isinstance(self.method.optimizer, BLAQ) else None
         self.tracker = None
-        if config.track_oscillation and isinstance(self.optimizer, BLAQ):
-            self.tracker = OscillationTracker(self.optimizer)
+        if config.track_oscillation and self.blaq is not None:
+            self.tracker = OscillationTracker(self.blaq)
         self.order = torch.Generator().manual_seed(config.seed)
         self.evaluations = 0
         self.history: list[Line] = []
         if saved is not None:
             self._continue(saved)
+
+    @classmethod
+    def continued(cls, config: TrainConfig, saved: dict[str, Any]) -> _Run:
+        """A run as its checkpoint has it."""
+        return cls(config, saved["in_shape"], saved["num_classes"], saved["steps_per_epoch"], saved)
 
     def _continue(self, saved: dict[str, Any]) -> None:
         if self.tracker is not None:
@@ -237,8 +240,8 @@ class _Run:
         """Content of a checkpoint."""
         on_cuda = torch.device(self.config.device).type == "cuda"
         return {"config": self.config.as_dict(), "in_shape": self.in_shape,
-                "num_classes": self.num_classes, "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "num_classes": self.num_classes, "steps_per_epoch": self.steps_per_epoch,
+                "model": self.model.state_dict(), "method": self.method.state_dict(),
                 "oscillation": None if self.tracker is None else self.tracker.state_dict(),
                 "order": self.order.get_state(), "random": torch.get_rng_state(),
                 "random_cuda": torch.cuda.get_rng_state(self.config.device) if on_cuda else None,
@@ -246,13 +249,14 @@ class _Run:
 
     @property
     def result(self) -> TrainResult:
-        return TrainResult(self.model, self.optimizer, self.history)
+        """The run at its end: it cannot go on."""
+        return TrainResult(self.method.finalize(), self.method, self.history)
 
-    def epoch(self, train_split: datasets.Split, test_split: datasets.Split,
+    def epoch(self, train_split: datasets.Split, measured: dict[str, datasets.Split],
               on_batch: Callable[[int, int, int], None] | None) -> Line:
         """Train for an epoch and measure."""
         config, began, number = self.config, time.perf_counter(), len(self.history) + 1
-        steps = max(1, len(train_split) // config.batch_size)
+        steps = self.steps_per_epoch
         loss_sum = torch.zeros((), dtype=torch.float64, device=train_split.images.device)
         flips, lr = 0.0, 0.0
         self.model.train()
@@ -260,23 +264,27 @@ class _Run:
                                    augment=config.augment)
         for batch, (images, labels) in enumerate(batches):
             lr = learning_rate(config, (number - 1) * steps + batch, steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            self.method.set_lr(lr)
             loss_sum += self._step(images, labels)
-            if isinstance(self.optimizer, BLAQ):
-                flips += flip_ratio(self.optimizer)
+            if self.blaq is not None:
+                flips += flip_ratio(self.blaq)
             if self.tracker is not None:
                 self.tracker.update()
             if on_batch is not None:
                 on_batch(number, batch + 1, steps)
+        self.method.epoch_ended(number)
         train_loss = loss_sum.item() / steps
-        test_loss, accuracy = evaluate(self.model, test_split)
-        if not math.isfinite(train_loss + test_loss):
+        results: Line = {}
+        with self.method.evaluating():
+            for name, split in measured.items():
+                results[f"{name}_loss"], results[f"{name}_accuracy"] = evaluate(
+                    self.model, split, loss=config.loss)
+        if not math.isfinite(train_loss + results["test_loss"]):
             raise RuntimeError(f"blaq.train: loss must be finite, got {train_loss} in epoch "
-                               f"{number} and {test_loss} after it; try a lower lr")
+                               f"{number} and {results['test_loss']} after it; try a lower lr")
         line = {"epoch": number, "evaluations": self.evaluations, "train_loss": train_loss,
-                "test_loss": test_loss, "test_accuracy": accuracy, "lr": lr,
-                "flip_ratio": flips / steps if isinstance(self.optimizer, BLAQ) else None,
+                **results, "lr": lr,
+                "flip_ratio": flips / steps if self.blaq is not None else None,
                 "oscillation": None if self.tracker is None else self.tracker.frequency(),
                 "seconds": round(time.perf_counter() - began, 3)}
         self.history.append(line)
@@ -286,15 +294,14 @@ class _Run:
         """One step of the optimizer; the loss at the weights before it."""
         def closure() -> Any:
             self.evaluations += 1
-            self.optimizer.zero_grad()
+            self.model.zero_grad()
             bf16 = self.config.amp == "bf16"
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-                loss = F.cross_entropy(self.model(images), labels)
-            loss.backward()
+                loss = LOSSES[self.config.loss](self.model(images), labels)
+            penalty = self.method.penalty()
+            (loss if penalty is None else loss + penalty).backward()
             if self.config.max_grad_norm:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
             return loss
 
-        loss: Any = self.optimizer.step(closure)
-        value: Tensor = loss.detach()
-        return value
+        return self.method.step(closure).detach()

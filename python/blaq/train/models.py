@@ -1,7 +1,7 @@
 """The networks of the paper and its predecessors, as plain modules: nothing in them knows BLAQ.
 
 All end in logits for cross-entropy. ``mlp4``, ``vgg-small`` and ``svhn-net``: LAB (Hou et al., ICLR
-2017, section 4) without the batch norm after the output, which belongs to its hinge loss.
+2017, section 4); the batch norm after the output, which belongs to its hinge loss, is an option.
 ``lenet5``: LeCun et al. (1998) in the form that the quantization literature compares (20 and 50
 filters, 500 hidden units). ``resnet18``: He et al. (2016), parameters named as in torchvision, so
 that its checkpoints load.
@@ -14,13 +14,14 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "build"]
+__all__ = ["MODELS", "build", "initialise_as_lab"]
 
 Shape = tuple[int, int, int]
 Scaled = Callable[[int], int]
 
 
-def build(name: str, num_classes: int, in_shape: Shape, *, width: float = 1.0) -> nn.Module:
+def build(name: str, num_classes: int, in_shape: Shape, *, width: float = 1.0,
+          output_norm: bool = False) -> nn.Module:
     """A freshly initialised network; the weights follow torch's generator.
 
     Args:
@@ -30,6 +31,7 @@ def build(name: str, num_classes: int, in_shape: Shape, *, width: float = 1.0) -
             ``vgg-small`` and ``svhn-net`` 8×8; ``resnet18`` takes the stem for small images (3×3,
             no pooling) below 64 pixels and ImageNet's from there on.
         width: factor on every hidden layer's width.
+        output_norm: batch norm after the last layer.
 
     Returns:
         A module from float ``[n, *in_shape]`` to logits ``[n, num_classes]``.
@@ -51,7 +53,20 @@ def build(name: str, num_classes: int, in_shape: Shape, *, width: float = 1.0) -
     if min(in_shape[1:]) < smallest:
         raise ValueError(f"blaq.build: in_shape must be at least {smallest} pixels high and wide "
                          f"for {name}, got {tuple(in_shape)}")
-    return make(num_classes, in_shape, lambda channels: max(1, round(channels * width)))
+    model = make(num_classes, in_shape, lambda channels: max(1, round(channels * width)))
+    if output_norm:
+        model.add_module("output_norm", nn.BatchNorm1d(num_classes))
+    return model
+
+
+def initialise_as_lab(model: nn.Module) -> None:
+    """Weights from U(±sqrt(1.5 / (fan_in + fan_out))), half of Glorot's bound, and zero biases:
+    what LAB and LAQ start from. A convolution's fans are its channels times its kernel's area."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight, gain=0.5)  # gain · sqrt(6 / (fan_in + fan_out))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def _mlp4(num_classes: int, in_shape: Shape, scaled: Scaled) -> nn.Module:

@@ -32,7 +32,6 @@ from . import data as datasets
 from .checkpoint import CONFIG
 from .config import load_config
 from .loop import restore
-from .models import build
 from .weights import save_weights
 
 __all__ = ["FLOATS", "PACKED", "Check", "Delivered", "check_logits", "deliver", "fresh_logits"]
@@ -170,8 +169,7 @@ def fresh_logits(folder: Path, backend: str, accuracy: str = "exact"
 def _loaded(folder: Path, split: datasets.Split) -> nn.Module:
     """A new network of the run's kind, with the packed file's contents."""
     config = load_config(folder / CONFIG)
-    model = build(config.model, split.num_classes, split.in_shape, width=config.width)
-    return load(folder / PACKED, model)
+    return load(folder / PACKED, config.build(split.num_classes, split.in_shape))
 
 
 def _answer(arguments: Sequence[str]) -> None:

@@ -1,0 +1,74 @@
+"""Methods that are settings of :class:`blaq.BLAQ`: scale and codes are solved for by curvature.
+
+LAB (Hou, Yao, Kwok, ICLR 2017, arXiv 1611.01600, Eqs. 7, 8), LAQ (Hou, Kwok, ICLR 2018, arXiv
+1802.08635) and BLAQ (Ma et al., AAAI 2024, arXiv 2401.16760). One optimizer trains all parameters,
+so biases and norms take AdamW's step with the same learning rate, as in LAB. The paper's scale is
+one for a layer; ``group_size`` gives finer ones.
+
+Not implemented: LAB's and LAQ's quantized activations and recurrent nets' one scale for each gate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from blaq_kernels.schemas import require
+
+from ..optim import BLAQ
+from .method import Method, groups_of
+
+__all__ = ["LAQ", "Alternating", "Exact", "OnePass", "OneStepBack"]
+
+
+class LAQ(Method):
+    """LAQ, and by its codebook LAB (1 bit), LAQ-linear and LAQ-log: one evaluation a step, whose
+    gradient at the quantized weights moves the latent ones."""
+
+    optimizer: BLAQ
+
+    def prepare(self) -> Optimizer:
+        config = self.config
+        require(config.optimizer == "adamw", "methods", "optimizer",
+                f"be adamw, whose second moment is the curvature, for {config.method}",
+                repr(config.optimizer))
+        return BLAQ(groups_of(self.model, config), config.lr, codebook=config.codebook,
+                    group_size=config.group_size, weight_decay=config.weight_decay,
+                    clip=config.clip, **self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """What this reading of the method gives the optimizer."""
+        return {"backtrack": 1.0, "max_iter": self.config.max_iter, "method": self.config.solve}
+
+    @property
+    def evaluations_per_step(self) -> int:
+        return self.optimizer.evaluations_per_step
+
+
+class Alternating(LAQ):
+    """LATa: scale and codes are solved for in turn, whatever ``solve`` says."""
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "method": "alternating"}
+
+
+class Exact(LAQ):
+    """LATe: the solve ends at its global minimum, whatever ``solve`` says."""
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "method": "exact"}
+
+
+class OneStepBack(LAQ):
+    """BLAQ: one step forward and backtrack, two evaluations a step."""
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "backtrack": self.config.backtrack}
+
+
+class OnePass(OneStepBack):
+    """BLAQ with Eq. 9 read recursively: last step's blended gradient is its current one."""
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "one_pass": True}
