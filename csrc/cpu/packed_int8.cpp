@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "cpu/capability.h"
+#include "cpu/level_table.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -37,37 +38,6 @@ int segment_of(int64_t group_size, int most) {
   while (group_size % segment != 0) segment -= 32;
   return segment;
 }
-
-// Levels as integers: in 8 bits level + 128, of 0 to 255; in 16 bits as they are, twice.
-struct LevelTable {
-  alignas(16) uint8_t level[16];
-  alignas(64) int16_t wide[32];
-  float unit, wide_unit;
-  bool exact;  // all levels are multiples of wide_unit
-
-  LevelTable(const float* levels, int bits) {
-    const int codes = 1 << bits;
-    const auto fits = [&](int factor) {
-      for (int c = 0; c < codes / 2; ++c) {
-        const float x = levels[c] * factor;
-        if (x == x && x != std::nearbyint(x)) return false;
-      }
-      return true;
-    };
-    int factor = 128;
-    while (factor > 0 && !fits(factor)) --factor;
-    exact = factor != 0;
-    if (!exact) factor = 127;
-    wide_unit = 1.0f / factor;
-    // 8 bits lack +128: a unit between shares the error among all levels.
-    unit = factor == 128 ? 1 / 127.5f : wide_unit;
-    for (int c = 0; c < 32; ++c) {
-      const float known = c % 16 < codes && levels[c % 16] == levels[c % 16] ? levels[c % 16] : 0;
-      wide[c] = static_cast<int16_t>(std::nearbyint(known * factor));
-      if (c < 16) level[c] = static_cast<uint8_t>(std::min<int>(wide[c], 127) + 128);
-    }
-  }
-};
 
 // What a tile of rows is for every output, chunk by chunk of inputs.
 struct Prepared {
