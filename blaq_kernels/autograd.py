@@ -90,14 +90,16 @@ def _binary_linear_backward(ctx, grad):
 
 def _conv2d_setup(ctx, inputs, output):
     (input, qweight, scale, bias, ctx.levels, ctx.group_size, ctx.kernel_size, ctx.stride,
-     ctx.padding, ctx.dilation, ctx.groups, *_) = inputs
+     ctx.padding, ctx.dilation, ctx.groups, _, _, relu) = inputs
     ctx.has_bias = bias is not None
-    ctx.save_for_backward(input, qweight, scale)
+    ctx.save_for_backward(input, qweight, scale, output if relu else None)
 
 
 def _conv2d_backward(ctx, grad):
-    input, qweight, scale = ctx.saved_tensors
-    return *_conv2d_grads(ctx, grad, input, qweight, scale), *[None] * 9
+    input, qweight, scale, rectified = ctx.saved_tensors
+    if rectified is not None:
+        grad = torch.where(rectified > 0, grad, 0.0)
+    return *_conv2d_grads(ctx, grad, input, qweight, scale), *[None] * 10
 
 
 def _conv2d_grads(ctx, grad, input, qweight, scale):

@@ -327,14 +327,45 @@ def packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
 def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
                   levels: Sequence[float], group_size: int, kernel_size: Sequence[int],
                   stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-                  groups: int, repacked: Tensor | None = None, accuracy: str = "high") -> Tensor:
-    """``conv2d`` with the unpacked weight ``[out, in/groups, kh, kw]``."""
+                  groups: int, repacked: Tensor | None = None, accuracy: str = "high",
+                  relu: bool = False) -> Tensor:
+    """``conv2d`` with the unpacked weight ``[out, in/groups, kh, kw]``, and its ReLU if asked."""
     channels = input.shape[1] // groups
     in_features = channels * kernel_size[0] * kernel_size[1]
     weight = unpack(qweight, scale, levels, group_size, in_features, input.dtype)
     weight = weight.reshape(qweight.shape[1], channels, *kernel_size)
-    return torch.nn.functional.conv2d(input, weight, bias, list(stride), list(padding),
-                                      list(dilation), groups)
+    output = torch.nn.functional.conv2d(input, weight, bias, list(stride), list(padding),
+                                        list(dilation), groups)
+    return output.relu() if relu else output
+
+
+def conv_repack(qweight: Tensor, in_features: int, taps: int, groups: int) -> Tensor:
+    """Bit planes in the order that CPU kernels convolve by: ``[groups, N/groups/16, taps, registers,
+    64]``. A register has 16 rows, a dword each, whose bytes have two digits; it stands for 32 channels
+    of a plane (1 and 2 bits) or for 8 (3 and 4 bits, which have 4 bits each). Rows past the last are it.
+
+    - 1 and 2 bits: byte t has the signs of channels 4t to 4t + 3 in its bits 0, 1, 4 and 5, those of
+      channels 16 later in the bits 2 higher. Two bits are the sum of two signs: ``±high = a ± b`` and
+      ``±low = a - ±b``, so the second plane has the sign, flipped for the lower magnitude.
+    - 3 and 4 bits: byte j has the code of channel j in its lower half, of channel 4 + j in its upper.
+    """
+    bits, n, _ = qweight.shape
+    n, channels = n // groups, in_features // taps
+    rows = torch.arange((n + 15) // 16 * 16, device=qweight.device).clamp(max=max(n - 1, 0))
+    codes = unpack_codes(qweight, in_features).reshape(groups, n, channels, taps)[:, rows].int()
+    sign = codes >> (bits - 1)
+    planes = [sign] if bits == 1 else [sign, sign ^ (~codes & 1)] if bits == 2 else [codes]
+    width = 32 if bits <= 2 else 8
+    x = torch.stack([torch.nn.functional.pad(plane, (0, 0, 0, -channels % 32)) for plane in planes])
+    x = x.reshape(len(planes), groups, len(rows) // 16, 16, x.shape[3] // width, width, taps)
+    x = x.permute(1, 2, 6, 0, 4, 3, 5)  # group, tile, tap, plane, word, row, channel
+    if bits <= 2:
+        at = torch.tensor([0, 1, 4, 5], dtype=torch.int32, device=qweight.device)
+        x = (x.unflatten(-1, (2, 4, 4)) << at).sum(-1)
+        x = x[..., 0, :] | x[..., 1, :] << 2
+    else:
+        x = x[..., :4] | x[..., 4:] << 4
+    return x.flatten(-2).flatten(3, 4).to(torch.uint8)
 
 
 def signs(input: Tensor) -> Tensor:

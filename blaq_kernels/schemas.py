@@ -55,7 +55,8 @@ SCHEMAS = {
     "int group_size, Tensor? repacked=None, str accuracy='high') -> Tensor",
     "packed_conv2d": "(Tensor input, Tensor qweight, Tensor scale, Tensor? bias, float[] levels, "
     "int group_size, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
-    "int groups, Tensor? repacked=None, str accuracy='high') -> Tensor",
+    "int groups, Tensor? repacked=None, str accuracy='high', bool relu=False) -> Tensor",
+    "conv_repack": "(Tensor qweight, int in_features, int taps, int groups) -> Tensor",
     "binary_repack": "(Tensor qweight, int in_features, int taps, int groups) -> Tensor",
     "binary_linear": "(Tensor input, Tensor qweight, Tensor scale, Tensor? bias, int group_size, "
     "Tensor? repacked=None) -> Tensor",
@@ -338,12 +339,20 @@ def repacked_bytes(bits: int, n: int, row_bytes: int) -> int:
     return (n + 15) // 16 * ((row_bytes + 3) // 4) * (bits if bits <= 2 else 4) * 64
 
 
-def _check_repacked(op: str, repacked: Tensor | None, qweight: Tensor, accuracy: str) -> None:
+def conv_repacked_shape(bits: int, n: int, in_features: int, taps: int,
+                        groups: int) -> tuple[int, ...]:
+    """Shape of what ``conv_repack`` makes: group, 16 outputs, tap, registers of 64 bytes."""
+    words = -(-in_features // taps // 32) * (bits if bits <= 2 else 4)
+    return groups, -(-n // groups // 16), taps, words, 64
+
+
+def _check_repacked(op: str, repacked: Tensor | None, qweight: Tensor, accuracy: str,
+                    shape: tuple[int, ...] | None = None) -> None:
     require(accuracy in ACCURACIES, op, "accuracy", "be 'exact', 'high' or 'fast'", repr(accuracy))
     if repacked is not None:
         _dtype_in(op, "repacked", repacked, (torch.uint8,))
-        size = repacked_bytes(*qweight.shape)
-        require(tuple(repacked.shape) == (size,), op, "repacked", f"have shape [{size}]",
+        shape = shape or (repacked_bytes(*qweight.shape),)
+        require(tuple(repacked.shape) == shape, op, "repacked", f"have shape {list(shape)}",
                 list(repacked.shape))
         _contiguous(op, "repacked", repacked)
 
@@ -362,12 +371,16 @@ def check_packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Ten
 def check_packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
                         levels: Sequence[float], group_size: int, kernel_size: Sequence[int],
                         stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-                        groups: int, repacked: Tensor | None = None, accuracy: str = "high") -> None:
+                        groups: int, repacked: Tensor | None = None, accuracy: str = "high",
+                        relu: bool = False) -> None:
     op = "packed_conv2d"
     _check_geometry(op, input, kernel_size, stride, padding, dilation, groups)
     _check_conv_weight(op, input, qweight, scale, bias, levels, group_size, kernel_size, stride,
                        padding, dilation, groups)
-    _check_repacked(op, repacked, qweight, accuracy)
+    taps = kernel_size[0] * kernel_size[1]
+    shape = (None if group_size > 0 else
+             conv_repacked_shape(*qweight.shape[:2], input.shape[1] // groups * taps, taps, groups))
+    _check_repacked(op, repacked, qweight, accuracy, shape)
 
 
 def _check_geometry(op: str, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int],
@@ -401,15 +414,24 @@ def _check_conv_weight(op: str, input: Tensor, qweight: Tensor, scale: Tensor, b
 
 
 def check_binary_repack(qweight: Tensor, in_features: int, taps: int, groups: int) -> None:
-    op = "binary_repack"
+    _check_repack_by_tap("binary_repack", qweight, 1, in_features, taps, groups)
+
+
+def check_conv_repack(qweight: Tensor, in_features: int, taps: int, groups: int) -> None:
+    _check_repack_by_tap("conv_repack", qweight, 4, in_features, taps, groups)
+
+
+def _check_repack_by_tap(op: str, qweight: Tensor, most_bits: int, in_features: int, taps: int,
+                         groups: int) -> None:
     _dtype_in(op, "qweight", qweight, (torch.uint8,))
     _contiguous(op, "qweight", qweight)
     require(in_features >= 0, op, "in_features", "be at least 0", in_features)
     require(taps >= 1 and in_features % taps == 0, op, "taps",
             f"divide in_features = {in_features}", taps)
-    bytes_ = -(-in_features // 8)
-    require(qweight.dim() == 3 and qweight.shape[0] == 1 and qweight.shape[2] == bytes_, op,
-            "qweight", f"have shape [1, N, {bytes_}]", list(qweight.shape))
+    bytes_, bits = -(-in_features // 8), 1 if most_bits == 1 else "bits"
+    require(qweight.dim() == 3 and 1 <= qweight.shape[0] <= most_bits
+            and qweight.shape[2] == bytes_, op, "qweight", f"have shape [{bits}, N, {bytes_}]",
+            list(qweight.shape))
     require(groups >= 1 and qweight.shape[1] % groups == 0, op, "groups",
             f"divide the rows of qweight = {qweight.shape[1]}", groups)
 
@@ -499,6 +521,10 @@ def _fake_binary_repack(qweight, in_features, taps, groups):
     return qweight.new_empty(shape, dtype=torch.int64)
 
 
+def _fake_conv_repack(qweight, in_features, taps, groups):
+    return qweight.new_empty(conv_repacked_shape(*qweight.shape[:2], in_features, taps, groups))
+
+
 def _fake_conv2d(input, qweight, scale, bias, levels, group_size, kernel_size, stride, padding,
                  dilation, groups, *_, **__):
     size = conv_output_size(input.shape[2:], kernel_size, stride, padding, dilation)
@@ -522,6 +548,7 @@ FAKES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "repack": (check_repack, _fake_repack),
     "packed_linear": (check_packed_linear, _fake_linear),
     "packed_conv2d": (check_packed_conv2d, _fake_conv2d),
+    "conv_repack": (check_conv_repack, _fake_conv_repack),
     "binary_repack": (check_binary_repack, _fake_binary_repack),
     "binary_linear": (check_binary_linear, _fake_linear),
     "binary_conv2d": (check_binary_conv2d, _fake_binary_conv2d),

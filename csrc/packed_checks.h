@@ -45,4 +45,22 @@ inline void check_packed_input(const char* op, const Tensor& input, const Tensor
   check_contiguous(op, "bias", *bias);
 }
 
+// Arguments of the ops that bring a convolution's weight of at most `most_bits` into another order.
+inline void check_repack_by_tap(const char* op, const Tensor& qweight, int64_t most_bits,
+                                int64_t in_features, int64_t taps, int64_t groups) {
+  check_dtype(op, "qweight", qweight, {ScalarType::Byte});
+  check_contiguous(op, "qweight", qweight);
+  BLAQ_REQUIRE(in_features >= 0, op, "in_features", "be at least 0", in_features);
+  BLAQ_REQUIRE(taps >= 1 && in_features % taps == 0, op, "taps",
+               "divide in_features = " + text(in_features), taps);
+  const int64_t bytes = in_features / 8 + (in_features % 8 != 0);
+  BLAQ_REQUIRE(qweight.dim() == 3 && qweight.size(0) >= 1 && qweight.size(0) <= most_bits &&
+                   qweight.size(2) == bytes,
+               op, "qweight",
+               "have shape [" + std::string(most_bits == 1 ? "1" : "bits") + ", N, " + text(bytes) + "]",
+               list_text(qweight.sizes()));
+  BLAQ_REQUIRE(groups >= 1 && qweight.size(1) % groups == 0, op, "groups",
+               "divide the rows of qweight = " + text(qweight.size(1)), groups);
+}
+
 }  // namespace blaq

@@ -63,7 +63,8 @@ OPCHECK_CASES = {
                                [0.5, 1.0], 5), {}),
     "packed_conv2d": lambda: ((torch.randn(2, 4, 6, 5, requires_grad=True),
                                *packed_weight(6, 18, "pow2", 2, -1)[:2], torch.randn(6), [0.5, 1.0],
-                               -1, [3, 3], [2, 1], [1, 0], [1, 2], 2), {}),
+                               -1, [3, 3], [2, 1], [1, 0], [1, 2], 2), {"relu": True}),
+    "conv_repack": lambda: ((packed_weight(6, 18, "pow2", 2, 0)[0], 18, 9, 2), {}),
     "binary_repack": lambda: ((packed_weight(6, 18, "pow2", 1, 0)[0], 18, 9, 2), {}),
     "binary_linear": lambda: ((torch.randn(2, 70, requires_grad=True),
                                *packed_weight(3, 70, "pow2", 1, 64)[:2], torch.randn(3), 64), {}),
@@ -165,15 +166,16 @@ def test_packed_linear_gradients(name, bits, group_size):
         (x, scale, bias))
 
 
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("group_size", GROUPS)
-def test_packed_conv2d_gradients(group_size):
+def test_packed_conv2d_gradients(group_size, relu):
     qweight, scale, levels = packed_weight(4, 18, "pow2", 3, group_size)
     x = torch.randn(2, 4, 6, 5, dtype=torch.float64, requires_grad=True)
     scale = scale.double().requires_grad_()
     bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda x, s, b: torch.ops.blaq.packed_conv2d(
-            x, qweight, s, b, levels, group_size, [3, 3], [2, 1], [1, 1], [1, 2], 2),
+            x, qweight, s, b, levels, group_size, [3, 3], [2, 1], [1, 1], [1, 2], 2, relu=relu),
         (x, scale, bias))
 
 

@@ -87,7 +87,8 @@ def packed_conv2d_kernel(x, planes, scale, bias, out, part_stride, pixels, heigh
 def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
                   levels: Sequence[float], group_size: int, kernel_size: Sequence[int],
                   stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-                  groups: int, repacked: Tensor | None = None, accuracy: str = "high") -> Tensor:
+                  groups: int, repacked: Tensor | None = None, accuracy: str = "high",
+                  relu: bool = False) -> Tensor:
     """``conv2d`` with ``weight = round(level × scale)`` to the input's dtype.
 
     Args:
@@ -96,6 +97,7 @@ def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
         scale: float32 (float64 for float64 input) ``[1]``, ``[out, 1]`` or ``[out, ceil(K/g)]``.
         bias: ``[out]`` of the input's dtype, or None.
         repacked, accuracy: for CPU kernels; every GPU kernel is exact.
+        relu: whether negative results become 0.
 
     Returns:
         ``[batch, out, height', width']`` in the input's dtype and memory format.
@@ -121,16 +123,17 @@ def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
             if plan is not None:
                 matmul(input.permute(0, 2, 3, 1).reshape(pixels, k), qweight, scale, bias,
                        tuple(levels), group_size, out.permute(0, 2, 3, 1).view(pixels, n), plan)
-                return out
+                return out.relu_() if relu else out
         plan = conv_plan_for(pixels, n // groups, k, groups, input.dtype, target_of(input))
         if plan is None:
             weight = unpack_weight(qweight, scale, levels, group_size, k, input.dtype)
             weight = weight.view(n, -1, *kernel_size)
-            return torch.nn.functional.conv2d(input, weight, bias, list(stride), list(padding),
-                                              list(dilation), groups)
-        convolve(input, qweight, scale, bias, tuple(levels), group_size, kernel_size, stride, padding,
-                 dilation, groups, out, plan)
-    return out
+            out = torch.nn.functional.conv2d(input, weight, bias, list(stride), list(padding),
+                                             list(dilation), groups)
+        else:
+            convolve(input, qweight, scale, bias, tuple(levels), group_size, kernel_size, stride,
+                     padding, dilation, groups, out, plan)
+        return out.relu_() if relu else out
 
 
 def _is_linear(input: Tensor, kernel_size: Sequence[int], stride: Sequence[int],

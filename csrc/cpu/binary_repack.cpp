@@ -57,16 +57,7 @@ namespace {
 
 Tensor binary_repack(const Tensor& qweight, int64_t in_features, int64_t taps, int64_t groups) {
   const char* op = "binary_repack";
-  check_dtype(op, "qweight", qweight, {ScalarType::Byte});
-  check_contiguous(op, "qweight", qweight);
-  BLAQ_REQUIRE(in_features >= 0, op, "in_features", "be at least 0", in_features);
-  BLAQ_REQUIRE(taps >= 1 && in_features % taps == 0, op, "taps", "divide in_features = " + text(in_features),
-               taps);
-  const int64_t bytes = in_features / 8 + (in_features % 8 != 0);
-  BLAQ_REQUIRE(qweight.dim() == 3 && qweight.size(0) == 1 && qweight.size(2) == bytes, op, "qweight",
-               "have shape [1, N, " + text(bytes) + "]", list_text(qweight.sizes()));
-  BLAQ_REQUIRE(groups >= 1 && qweight.size(1) % groups == 0, op, "groups",
-               "divide the rows of qweight = " + text(qweight.size(1)), groups);
+  check_repack_by_tap(op, qweight, 1, in_features, taps, groups);
   return binary_words(qweight, in_features, taps, groups);
 }
 

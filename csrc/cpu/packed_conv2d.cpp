@@ -1,6 +1,6 @@
-// torch.ops.blaq.packed_conv2d: the pixels under the kernel become rows, multiplied as in
-// packed_linear. Padding and conversion to float happen once, in a copy of the image, so that a row
-// is a plain gather.
+// torch.ops.blaq.packed_conv2d. What packed_conv_int8.h does not do, rows of pixels under the kernel do,
+// multiplied as in packed_linear: padding and conversion to float happen once, in a copy of the image, so
+// that a row is a plain gather.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,25 +9,18 @@
 #include <bit>
 #include <cstring>
 
-#include "conv_checks.h"
+#include "cpu/conv.h"
 #include "cpu/float_types.h"
-#include "cpu/packed_int8.h"
+#include "cpu/packed_conv_int8.h"
 #include "cpu/runs.h"
 #include "cpu/unpack.h"
 #include "packed_checks.h"
 
-#define BLAQ_KERNEL_FILE "cpu/convert_kernel.h"
+#define BLAQ_KERNEL_FILE "cpu/conv_tensors_kernel.h"
 #include "cpu/foreach_isa.h"
 
 namespace blaq {
 namespace {
-
-struct Conv {
-  const Extent &kernel, &stride, &padding, &dilation;
-  int64_t groups;
-  bool channels_last;
-  int64_t batch, channels, height, width, out_height, out_width;
-};
 
 // Where a padded image of floats keeps its elements.
 struct Image {
@@ -98,8 +91,46 @@ void put(const Conv& conv, const float* result, int64_t pixel, int count, int64_
 }
 
 template <typename T>
-void convolve(const Tensor& input, PackedMatrix weight, const uint8_t* repacked, Accuracy accuracy,
-              const std::optional<Tensor>& bias, const Conv& conv, Tensor& output) {
+ConvTensors conv_tensors(const Tensor& input, const Conv& conv, int64_t outputs, Tensor& output) {
+  const int64_t channels = conv.group_channels(), places = conv.places();
+  const int64_t pixel_floats = conv.groups * padded(channels);
+  const T* from = static_cast<const T*>(input.const_data_ptr());
+  T* to = static_cast<T*>(output.mutable_data_ptr());
+  return {[=, &conv](int64_t image, int64_t line, int64_t first, int64_t last, float* out) {
+            for (int64_t group = 0; group < conv.groups; ++group, out += padded(channels)) {
+              const int64_t channel = group * channels;
+              if (!conv.channels_last) {
+                const int64_t plane = conv.height * conv.width;
+                BLAQ_VARIANT(from_planes<T>)
+                (from + (image * conv.channels + channel) * plane + line * conv.width + first, plane,
+                 channels, last - first, out, pixel_floats);
+                continue;
+              }
+              const T* pixel = from + ((image * conv.height + line) * conv.width + first) * conv.channels;
+              for (int64_t i = 0; i < last - first; ++i) {
+                BLAQ_VARIANT(widen<T, float>)
+                (pixel + i * conv.channels + channel, out + i * pixel_floats, channels);
+              }
+            }
+          },
+          [=, &conv](const float* results, int64_t image, int64_t place, int count, int64_t n,
+                     int64_t width) {
+            if (!conv.channels_last) {
+              BLAQ_VARIANT(to_planes<T>)
+              (results, count, width, to + (image * outputs + n) * places + place, places);
+              return;
+            }
+            for (int r = 0; r < count; ++r) {
+              BLAQ_VARIANT(narrow_run<float, T>)
+              (results + r * width, to + (image * places + place + r) * outputs + n, width);
+            }
+          }};
+}
+
+template <typename T>
+void convolve(const Tensor& input, PackedMatrix weight, const std::optional<Tensor>& repacked,
+              Accuracy accuracy, const std::optional<Tensor>& bias, const Conv& conv, bool relu,
+              Tensor& output) {
   const int64_t k = weight.k, n = weight.sharing, stride = padded(k);
   const int64_t channels = conv.channels / conv.groups;
   std::vector<float> wide_bias(bias ? weight.n : 0);
@@ -108,6 +139,14 @@ void convolve(const Tensor& input, PackedMatrix weight, const uint8_t* repacked,
     (static_cast<const T*>(bias->const_data_ptr()), wide_bias.data(), weight.n);
     weight.bias = wide_bias.data();
   }
+  const uint8_t* words = repacked ? repacked->const_data_ptr<uint8_t>() : nullptr;
+  if (words && has_conv_int8(weight, accuracy, conv)) {
+    return convolve_int8(weight, words, accuracy, conv, relu,
+                         conv_tensors<T>(input, conv, weight.n, output));
+  }
+  // Registers have 16 outputs, which must be of one group.
+  const bool int8 = words && weight.group_size > 0 && has_int8(weight, accuracy) &&
+                    (conv.groups == 1 || n % 16 == 0);
   std::optional<Tensor> copy;
   const Image image = padded_image<T>(input, conv, copy);
   std::vector<int64_t> offset;
@@ -140,11 +179,12 @@ void convolve(const Tensor& input, PackedMatrix weight, const uint8_t* repacked,
         }
         const int64_t at = group * n + begin, width = end - begin;
         const Product product{rows, stride, count, at, at + width, result, width};
-        if (repacked) {
-          multiply_int8(weight, repacked, accuracy, product);
+        if (int8) {
+          multiply_int8(weight, words, accuracy, product);
         } else {
           multiply_rows(weight, product);
         }
+        for (int64_t i = 0; relu && i < count * width; ++i) result[i] = result[i] < 0 ? 0 : result[i];
         put(conv, result, pixel, count, at, width, weight.n, out);
       }
     }
@@ -168,10 +208,31 @@ Tensor unpacked_conv2d(const Tensor& input, const Tensor& qweight, const Tensor&
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+Tensor call_relu(const Tensor& x) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(x)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::relu", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The weight by taps; with groups of inputs, which cross taps, by inputs.
+void check_conv_repacked(const char* op, const Tensor& repacked, const Tensor& qweight,
+                         int64_t in_features, const Extent& kernel, int64_t group_size, int64_t groups) {
+  if (group_size > 0) return check_repacked(op, repacked, qweight, in_features);
+  check_dtype(op, "repacked", repacked, {ScalarType::Byte});
+  check_contiguous(op, "repacked", repacked);
+  const auto shape = ConvRepacked(static_cast<int>(qweight.size(0)), qweight.size(1), in_features,
+                                  kernel[0] * kernel[1], groups)
+                         .shape();
+  const auto sizes = repacked.sizes();
+  BLAQ_REQUIRE(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), op, "repacked",
+               "have shape " + list_text(shape), list_text(sizes));
+}
+
 Tensor packed_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& scale,
                      const std::optional<Tensor>& bias, std::vector<double> levels, int64_t group_size,
                      Extent kernel_size, Extent stride, Extent padding, Extent dilation, int64_t groups,
-                     const std::optional<Tensor>& repacked, std::string accuracy_name) {
+                     const std::optional<Tensor>& repacked, std::string accuracy_name, bool relu) {
   const char* op = "packed_conv2d";
   const Accuracy accuracy = accuracy_of(op, accuracy_name);
   check_geometry(op, input, kernel_size, stride, padding, dilation, groups);
@@ -184,7 +245,7 @@ Tensor packed_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& s
   BLAQ_REQUIRE(outputs % groups == 0, op, "qweight",
                "have rows divisible by groups = " + text(groups), outputs);
   check_packed_input(op, input, qweight, bias);
-  if (repacked) check_repacked(op, *repacked, qweight, in_features);
+  if (repacked) check_conv_repacked(op, *repacked, qweight, in_features, kernel_size, group_size, groups);
   const Extent out_size = check_output_size(op, input, kernel_size, stride, padding, dilation);
 
   const Tensor dense =
@@ -198,9 +259,9 @@ Tensor packed_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& s
   const bool empty = conv.batch == 0 || outputs == 0;
   constexpr int64_t kFewOutputs = 8;
   if (!empty && (wide || outputs / groups < kFewOutputs)) {
-    return torch::stable::contiguous(
-        unpacked_conv2d(dense, qweight, scale, bias, levels, group_size, in_features, conv),
-        layout);
+    Tensor output = torch::stable::contiguous(
+        unpacked_conv2d(dense, qweight, scale, bias, levels, group_size, in_features, conv), layout);
+    return relu ? call_relu(output) : output;
   }
   Tensor output =
       torch::stable::empty({conv.batch, outputs, conv.out_height, conv.out_width},
@@ -208,11 +269,8 @@ Tensor packed_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& s
   if (empty) return output;
   const PackedMatrix weight =
       packed_matrix(qweight, scale, levels, group_size, in_features, input.scalar_type(), groups);
-  // Registers have 16 outputs, which must be of one group.
-  const bool int8 = repacked && has_int8(weight, accuracy) && (groups == 1 || outputs / groups % 16 == 0);
-  const uint8_t* words = int8 ? repacked->const_data_ptr<uint8_t>() : nullptr;
   with_float_type(input.scalar_type(), [&]<typename T>() {
-    if constexpr (sizeof(T) <= 4) convolve<T>(dense, weight, words, accuracy, bias, conv, output);
+    if constexpr (sizeof(T) <= 4) convolve<T>(dense, weight, repacked, accuracy, bias, conv, relu, output);
   });
   return output;
 }

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import blaq_kernels  # noqa: F401  (defines torch.ops.blaq)
 
-__all__ = ["binary_conv2d", "binary_linear", "binary_repack", "blend", "fake_quantize", "fused_step", "fused_trial", "pack", "packed_conv2d",
-           "packed_linear", "repack", "scaled_update", "solve", "unpack"]
+__all__ = ["binary_conv2d", "binary_linear", "binary_repack", "blend", "conv_repack", "fake_quantize", "fused_step",
+           "fused_trial", "pack", "packed_conv2d", "packed_linear", "repack", "scaled_update", "solve", "unpack"]
 
 _ops = torch.ops.blaq
 
@@ -180,7 +180,7 @@ def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
                   levels: Sequence[float], group_size: int, kernel_size: Sequence[int],
                   stride: Sequence[int] = (1, 1), padding: Sequence[int] = (0, 0),
                   dilation: Sequence[int] = (1, 1), groups: int = 1, repacked: Tensor | None = None,
-                  accuracy: str = "high") -> Tensor:
+                  accuracy: str = "high", relu: bool = False) -> Tensor:
     """``conv2d`` with a bit-packed weight ``[out, in/groups · kh · kw]``.
 
     Args:
@@ -188,10 +188,28 @@ def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
         qweight: uint8, ``[bits, out, ceil(K/8)]``, contiguous.
         scale: float32 (float64 for a float64 ``input``).
         bias: ``[out]``, dtype of ``input``.
-        repacked, accuracy: as :func:`packed_linear` has them.
+        repacked: :func:`conv_repack` of ``qweight``, or its :func:`repack` where ``group_size`` > 0;
+            without it every kernel is exact.
+        accuracy: as :func:`packed_linear` has it.
+        relu: whether negative results become 0.
     """
     return _ops.packed_conv2d.default(input, qweight, scale, bias, levels, group_size, kernel_size,
-                                      stride, padding, dilation, groups, repacked, accuracy)
+                                      stride, padding, dilation, groups, repacked, accuracy, relu)
+
+
+def conv_repack(qweight: Tensor, in_features: int, taps: int = 1, groups: int = 1) -> Tensor:
+    """A convolution's weight in the order that fast CPU kernels read; made once, never saved.
+
+    Args:
+        qweight: uint8, ``[bits, N, ceil(in_features/8)]``, contiguous.
+        taps: ``kh · kw``; they divide ``in_features``.
+        groups: of the convolution.
+
+    Returns:
+        uint8, ``[groups, ceil(N/groups/16), taps, registers, 64]``: as many bytes as ``qweight`` (a third
+        more for 3 bits) where channels are a multiple of 32 and outputs of 16, else rounded up to them.
+    """
+    return _ops.conv_repack.default(qweight, in_features, taps, groups)
 
 
 def binary_repack(qweight: Tensor, in_features: int, taps: int = 1, groups: int = 1) -> Tensor:

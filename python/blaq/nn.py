@@ -278,3 +278,10 @@ class PackedConv2d(PackedLayer):
             input, self.qweight, self.scale, bias, self.levels, self.group_size, self.kernel_size,
             self.stride, self._op_padding, self.dilation, self.groups, self.repacked(),
             self.accuracy)
+
+    def _repack(self) -> Tensor:
+        if self.group_size > 0:
+            return super()._repack()
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        return torch.ops.blaq.conv_repack.default(
+            self.qweight, self.in_channels // self.groups * taps, taps, self.groups)

@@ -42,6 +42,14 @@ def _repack(case: Case, full: bool) -> list[Variant]:
             Variant("qweight.clone()", qweight.clone, 2 * qweight.nbytes)]
 
 
+def _conv_repack(case: Case, full: bool) -> list[Variant]:
+    channels, out = case.size
+    _, qweight, _ = make_weight(case, out, channels * 9)
+    op = _ops.conv_repack.default
+    return [Variant(BLAQ, lambda: op(qweight, channels * 9, 9, 1), 2 * qweight.nbytes),
+            Variant("qweight.clone()", qweight.clone, 2 * qweight.nbytes)]
+
+
 def _pack(case: Case, full: bool) -> list[Variant]:
     codes, qweight, _ = make_weight(case, *case.size)
     array, bits, nbytes = codes.numpy(), case.bits or 1, codes.nbytes + qweight.nbytes
@@ -165,7 +173,8 @@ def _packed_conv2d(case: Case, full: bool) -> list[Variant]:
     last = torch.channels_last
     own, own_bias = x.to(case.torch_dtype), bias.to(case.torch_dtype)
 
-    repacked = _ops.repack.default(qweight)
+    repacked = (_ops.conv_repack.default(qweight, channels * 9, 9, 1) if case.group_size <= 0
+                else _ops.repack.default(qweight))
 
     def packed(input: Tensor, accuracy: str = "high") -> Callable[[], Tensor]:
         return lambda: _ops.packed_conv2d.default(
@@ -214,8 +223,11 @@ TABLES = {table.op: table for table in (
     Table("packed_linear", ("M", "N", "K"),
           tuple((m, 4096, 4096) for m in (1, 4, 16, 64, 256)), _packed_linear, _linear_operations,
           {"dtype": ("float32",), **_WEIGHT}),
+    Table("conv_repack", ("CHANNELS", "OUT"), ((64, 64), (512, 512)), _conv_repack,
+          axes={"bits": (1, 2, 4)}),
     # The 3x3 convolutions of ResNet-18 at 224 pixels, stride 1, padding 1.
     Table("packed_conv2d", ("BATCH", "CHANNELS", "SIDE", "OUT"),
-          ((1, 64, 56, 64), (1, 128, 28, 128), (1, 256, 14, 256), (1, 512, 7, 512)),
+          tuple((batch, channels, side, channels) for batch in (1, 16)
+                for channels, side in ((64, 56), (128, 28), (256, 14), (512, 7))),
           _packed_conv2d, _conv2d_operations, {"dtype": ("float32",), **_WEIGHT}),
 )}

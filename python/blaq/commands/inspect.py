@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from blaq_kernels.schemas import repacked_bytes
+from blaq_kernels.schemas import conv_repacked_shape, repacked_bytes
 
 from .._text import size, table
 from ..format import join
@@ -48,16 +48,23 @@ def describe(file: PackedFile) -> dict[str, Any]:
     for name, spec in file.layers.items():
         counts = {key: stored.get(join(name, key), 0) for key in spec.tensors()}
         floats = 4 * math.prod(spec.shape) + (4 * spec.shape[0] if counts["bias"] else 0)
-        n, row_bytes = spec.shape[0], (math.prod(spec.shape[1:]) + 7) // 8
         layers.append({"name": name, **asdict(spec), "bytes": sum(counts.values()),
                        "bytes_float32": floats,
-                       "bytes_repacked": repacked_bytes(spec.bits, n, row_bytes)})
+                       "bytes_repacked": _repacked(spec)})
     others = {name: count for name, count in stored.items() if name not in packed}
     return {"file": str(file.path), "format_version": file.metadata["blaq.format_version"],
             "bytes": file.size, "layers": layers, "aliases": file.aliases,
             "other_tensors": [{"name": name, "dtype": file.tensors[name][0],
                                "shape": file.tensors[name][1], "bytes": count}
                               for name, count in others.items()]}
+
+
+def _repacked(spec: PackedSpec) -> int:
+    """Bytes that kernels of this processor repack a layer to; of a convolution in groups, at least."""
+    n, k = spec.shape[0], math.prod(spec.shape[1:])
+    if spec.kind == "linear" or spec.group_size > 0:
+        return repacked_bytes(spec.bits, n, (k + 7) // 8)
+    return math.prod(conv_repacked_shape(spec.bits, n, k, math.prod(spec.shape[2:]), 1))
 
 
 def _lines(content: dict[str, Any]) -> list[str]:
