@@ -2,7 +2,10 @@
 
 #include <array>
 #include <bit>
+#include <cmath>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "cpu/capability.h"
 #include "cpu/level_table.h"
@@ -159,16 +162,14 @@ template <typename Way, int MR, int NV>
         }
         __m512i sums[MR][NV];
         way.template add<MR, NV>(from + word * word_bytes, step, pixels, count, correction, sums);
-#pragma GCC unroll 4
-        for (int r = 0; r < MR; ++r) {
+        each<MR>([&](auto r) __attribute__((always_inline)) {
           const __m512 unit = _mm512_set1_ps(tap.units[r][s] * way.coefficient[p]);
-#pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) {
+          each<NV>([&](auto v) __attribute__((always_inline)) {
             float* total = totals + r * stride + 16 * v;
             _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][v]), unit,
                                                    _mm512_load_ps(total)));
-          }
-        }
+          });
+        });
       }
     }
   }
@@ -307,9 +308,9 @@ class Tile {
 
 // Shares places and, where there are few, outputs among threads.
 template <typename Way>
-void run(const Call& call, Accuracy accuracy) {
+void run(const Call& call) {
   const Conv& conv = call.conv;
-  const Way way(call.weight, accuracy);
+  const Way way(call.weight);
   constexpr int64_t kFewPlaces = 8, kProducts = 1 << 20;  // that a thread is worth waking for
   const int64_t places = conv.batch * conv.places(), tiles = call.layout.tiles;
   const int64_t worth = places * call.weight.n * call.weight.k / kProducts;
@@ -354,10 +355,11 @@ void convolve_int8(const PackedMatrix& weight, const uint8_t* repacked, Accuracy
                   ConvRepacked(weight.bits, weight.n, weight.k, conv.taps(), conv.groups), words,
                   (words + kSegmentWords - 1) / kSegmentWords};
   const bool high = accuracy == Accuracy::high;
-  if (weight.bits <= 2) return high ? run<TableWay<2>>(call, accuracy) : run<TableWay<1>>(call, accuracy);
-  if (!high) return run<LevelWay<1, false>>(call, accuracy);
-  const bool rest = LevelTable(weight.levels, weight.bits, accuracy).has_rest;
-  return rest ? run<LevelWay<2, true>>(call, accuracy) : run<LevelWay<2, false>>(call, accuracy);
+  if (weight.bits <= 2) {
+    high ? run<TableWay<2>>(call) : run<TableWay<1>>(call);
+  } else {
+    high ? run<LevelWay<true>>(call) : run<LevelWay<false>>(call);
+  }
 }
 
 bool has_conv_int8(const PackedMatrix& weight, Accuracy accuracy, const Conv& conv) {

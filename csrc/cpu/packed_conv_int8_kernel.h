@@ -5,24 +5,7 @@
 //   segment is too large by;
 // - add(): the sums of MR pixels and NV vectors over `words` words of 32 channels.
 
-// Ends the compiler's freedom to move what makes x: g++ would keep too much alive, and spill sums.
-inline void settle(__m512i& x) { asm volatile("" : "+v"(x)); }
-
-// Largest magnitude, or largest sum of magnitudes of four channels. NaN where there is one: its bits are
-// above all others.
-template <bool FOUR>
-inline float largest(const float* x, int count) {
-  __m512i most = _mm512_setzero_si512();
-  for (int i = 0; i < count; i += 16) {
-    __m512 a = _mm512_abs_ps(_mm512_loadu_ps(x + i));
-    if constexpr (FOUR) {
-      a = _mm512_add_ps(a, _mm512_permute_ps(a, 0xB1));
-      a = _mm512_add_ps(a, _mm512_permute_ps(a, 0x4E));
-    }
-    most = _mm512_max_epi32(most, _mm512_castps_si512(a));
-  }
-  return std::bit_cast<float>(_mm512_reduce_max_epi32(most));
-}
+#include "cpu/packed_int8_kernel.h"
 
 // The unit of numbers of which the largest shall become `limit`; false where there is none.
 inline bool unit_of(float most, float limit, float* unit, float* inverse) {
@@ -36,12 +19,6 @@ inline __m512i round16(const float* x, __m512 inverse) {
   return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), inverse));
 }
 
-inline __m512i four_bytes(const void* at) {
-  int32_t x;
-  std::memcpy(&x, at, 4);
-  return _mm512_set1_epi32(x);
-}
-
 // 1 and 2 bits: the 16 signed sums of each four channels. A register has four tables, 16 bytes of the
 // weight's dwords each: entry e of table t is byte 16 (e / 4) + 4 t + e % 4, where packing leaves it.
 template <int DIGITS>
@@ -52,7 +29,7 @@ struct TableWay {
   int planes;
   float coefficient[2];
 
-  TableWay(const PackedMatrix& weight, Accuracy) : planes(weight.bits) {
+  explicit TableWay(const PackedMatrix& weight) : planes(weight.bits) {
     const float low = weight.levels[0], high = weight.levels[planes - 1];
     coefficient[0] = planes == 1 ? low : (high + low) / 2;
     coefficient[1] = (high - low) / 2;
@@ -60,7 +37,7 @@ struct TableWay {
 
   bool prepare(const float* x, int words, uint8_t* out, float* unit, int32_t* correction) const {
     float inverse;
-    if (!unit_of(largest<true>(x, words * 32), kLimit, unit, &inverse)) return false;
+    if (!unit_of(largest_sum<1>(x, words * 32), kLimit, unit, &inverse)) return false;
     if (DIGITS == 1) *unit *= 256;
     *correction = 0;
     // An entry's bit j is the sign of channel j.
@@ -74,15 +51,14 @@ struct TableWay {
     const __m512i last = _mm512_load_si512(kSigns.data() + 32);
     const __m512i half = _mm512_set1_epi32(DIGITS == 1 ? 128 : 0), low = _mm512_set1_epi16(255);
     const __m512 scale = _mm512_set1_ps(inverse);
-    alignas(32) int16_t q[16];
+    alignas(32) uint8_t q[32];
     for (int i = 0; i < 2 * words; ++i, x += 16, out += 64 * DIGITS) {
       _mm256_store_si256((__m256i*)q, _mm512_cvtepi32_epi16(round16(x, scale)));
       __m512i sum[4];
-#pragma GCC unroll 4
-      for (int t = 0; t < 4; ++t) {
-        sum[t] = _mm512_dpwssd_epi32(half, four_bytes(q + 4 * t), first);
-        sum[t] = _mm512_dpwssd_epi32(sum[t], four_bytes(q + 4 * t + 2), last);
-      }
+      each<4>([&](auto t) __attribute__((always_inline)) {
+        sum[t] = _mm512_dpwssd_epi32(half, four_bytes(q + 8 * t), first);
+        sum[t] = _mm512_dpwssd_epi32(sum[t], four_bytes(q + 8 * t + 4), last);
+      });
       const __m512i a = _mm512_packs_epi32(sum[0], sum[1]), b = _mm512_packs_epi32(sum[2], sum[3]);
       _mm512_store_si512(out, _mm512_packs_epi16(_mm512_srai_epi16(a, 8), _mm512_srai_epi16(b, 8)));
       if (DIGITS == 2) {
@@ -94,88 +70,80 @@ struct TableWay {
   }
 
   template <int MR, int NV>
-  void add(const uint8_t* weights, int64_t step, const uint8_t* const* pixels, int words,
-           const int32_t*, __m512i (&sums)[MR][NV]) const {
+  [[gnu::always_inline]] void add(const uint8_t* weights, int64_t step, const uint8_t* const* pixels,
+                                  int words, const int32_t*, __m512i (&sums)[MR][NV]) const {
     const __m512i digit = _mm512_set1_epi8(0x33), table = _mm512_set1_epi32(0x0C080400);
     const __m512i ones = _mm512_set1_epi8(1);
-    __m512i low[MR][NV] = {};
-#pragma GCC unroll 4
-    for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sums[r][v] = _mm512_setzero_si512();
-    }
-    for (int64_t w = 0, at = 0; w < words; ++w) {
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half, at += 64 * DIGITS) {
+    __m512i low[DIGITS == 2 ? MR : 1][NV];
+    each<MR * NV>([&](auto i) __attribute__((always_inline)) {
+      sums[i / NV][i % NV] = _mm512_setzero_si512();
+      if (DIGITS == 2) low[i / NV][i % NV] = _mm512_setzero_si512();
+    });
+    for (int64_t w = 0, at = 0; w < words; ++w, weights += 64) {
+      each<2>([&](auto half) __attribute__((always_inline)) {
         __m512i index[NV];
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) {
-          __m512i digits = _mm512_load_si512(weights + v * step + w * 64);
+        each<NV>([&](auto v) __attribute__((always_inline)) {
+          __m512i digits = _mm512_load_si512(weights + v * step);
           if (half) digits = _mm512_srli_epi32(digits, 2);
           index[v] = _mm512_ternarylogic_epi32(digits, digit, table, 0xEA);  // (digits & digit) | table
           settle(index[v]);
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < MR; ++r) {
+        });
+        each<MR>([&](auto r) __attribute__((always_inline)) {
           const __m512i entries = _mm512_load_si512(pixels[r] + at);
-#pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) {
-            sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], ones, _mm512_permutexvar_epi8(index[v], entries));
-            settle(sums[r][v]);
-          }
+          each<NV>([&](auto v) __attribute__((always_inline)) {
+            __m512i& sum = sums[r][v];
+            sum = _mm512_dpbusd_epi32(sum, ones, _mm512_permutexvar_epi8(index[v], entries));
+            settle(sum);
+          });
           if constexpr (DIGITS == 2) {
             const __m512i rest = _mm512_load_si512(pixels[r] + at + 64);
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) {
-              low[r][v] = _mm512_dpbusd_epi32(low[r][v], _mm512_permutexvar_epi8(index[v], rest), ones);
-              settle(low[r][v]);
-            }
+            each<NV>([&](auto v) __attribute__((always_inline)) {
+              __m512i& sum = low[r][v];
+              sum = _mm512_dpbusd_epi32(sum, _mm512_permutexvar_epi8(index[v], rest), ones);
+              settle(sum);
+            });
           }
-        }
-      }
+        });
+        at += 64 * DIGITS;
+      });
     }
     if constexpr (DIGITS == 2) {
-#pragma GCC unroll 4
-      for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) {
-          sums[r][v] = _mm512_add_epi32(_mm512_slli_epi32(sums[r][v], 8), low[r][v]);
-        }
-      }
+      each<MR * NV>([&](auto i) __attribute__((always_inline)) {
+        __m512i& sum = sums[i / NV][i % NV];
+        sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), low[i / NV][i % NV]);
+      });
     }
   }
 };
 
-// 3 and 4 bits: codes become levels + 128, channels integers of one or two digits, and they are
-// multiplied. REST: what the highest level of 128 has beyond the 127 that 8 bits hold.
-template <int DIGITS, bool REST>
+// 3 and 4 bits: codes become levels, and are multiplied with channels as integers: both of 8 bits, or
+// WIDE, of 16.
+template <bool WIDE>
 struct LevelWay {
-  static constexpr int kChannelBytes = DIGITS, kVectors = 4 / DIGITS;
-  static constexpr float kLimit = DIGITS == 1 ? 127.0f : 32512.0f;
+  static constexpr int kChannelBytes = WIDE ? 2 : 1, kVectors = 4;
+  static constexpr float kLimit = WIDE ? 32700.0f : 127.0f;
   static constexpr int planes = 1;
   static constexpr float coefficient[1] = {1.0f};
   LevelTable levels;
 
-  LevelWay(const PackedMatrix& weight, Accuracy accuracy)
-      : levels(weight.levels, weight.bits, accuracy) {}
+  explicit LevelWay(const PackedMatrix& weight) : levels(weight.levels, weight.bits) {}
 
   bool prepare(const float* x, int words, uint8_t* out, float* unit, int32_t* correction) const {
     float inverse;
-    if (!unit_of(largest<false>(x, words * 32), kLimit, unit, &inverse)) return false;
-    *unit *= levels.unit;
+    if (!unit_of(largest(x, words * 32), kLimit, unit, &inverse)) return false;
+    *unit *= WIDE ? levels.wide_unit : levels.unit;
     const __m512 scale = _mm512_set1_ps(inverse);
+    // Of eight channels those two apart side by side, as shifts of a register have their digits.
+    const __m256i pairs = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
     __m512i total = _mm512_setzero_si512();
-    for (int i = 0; i < 2 * words; ++i, x += 16) {
+    for (int i = 0; i < 2 * words; ++i, x += 16, out += 16 * kChannelBytes) {
       const __m512i q = round16(x, scale);
-      total = _mm512_add_epi32(total, q);
-      // A word is 32 bytes of the high digit, then as many of the low: q = 256 high + low.
-      uint8_t* to = out + i / 2 * 32 * DIGITS + i % 2 * 16;
-      if (DIGITS == 1) {
-        _mm_store_si128((__m128i*)to, _mm512_cvtepi32_epi8(q));
+      if (WIDE) {
+        _mm256_store_si256((__m256i*)out, _mm256_shuffle_epi8(_mm512_cvtepi32_epi16(q), pairs));
       } else {
-        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
-        _mm_store_si128((__m128i*)to, _mm512_cvtepi32_epi8(high));
-        _mm_store_si128((__m128i*)(to + 32), _mm512_cvtepi32_epi8(q));
+        total = _mm512_add_epi32(total, q);
+        _mm_store_si128((__m128i*)out, _mm512_cvtepi32_epi8(q));
       }
     }
     *correction = 128 * _mm512_reduce_add_epi32(total);
@@ -183,63 +151,37 @@ struct LevelWay {
   }
 
   template <int MR, int NV>
-  void add(const uint8_t* weights, int64_t step, const uint8_t* const* pixels, int words,
-           const int32_t* correction, __m512i (&sums)[MR][NV]) const {
-    const __m512i digit = _mm512_set1_epi8(15);
-    const __m512i level = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)levels.level));
-    const __m512i rest = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)levels.rest));
-    __m512i low[MR][NV];
-#pragma GCC unroll 4
-    for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        sums[r][v] = DIGITS == 1 ? _mm512_set1_epi32(-correction[r]) : _mm512_setzero_si512();
-        low[r][v] = _mm512_set1_epi32(-correction[r]);
-      }
-    }
-    for (int64_t w = 0; w < words; ++w) {
-      for (int eight = 0; eight < 4; ++eight) {
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-          __m512i value[NV], more[NV];
-#pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) {
-            __m512i digits = _mm512_load_si512(weights + v * step + (w * 4 + eight) * 64);
-            digits = _mm512_and_si512(half ? _mm512_srli_epi32(digits, 4) : digits, digit);
-            value[v] = _mm512_shuffle_epi8(level, digits);
-            if (REST) more[v] = _mm512_shuffle_epi8(rest, digits);
-            settle(value[v]);
+  [[gnu::always_inline]] void add(const uint8_t* weights, int64_t step, const uint8_t* const* pixels,
+                                  int words, const int32_t* correction, __m512i (&sums)[MR][NV]) const {
+    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i level = WIDE ? _mm512_load_si512(levels.wide)
+                               : _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)levels.level));
+    each<MR * NV>([&](auto i) __attribute__((always_inline)) {
+      sums[i / NV][i % NV] = _mm512_set1_epi32(-correction[i / NV]);
+    });
+    for (int64_t eight = 0; eight < 4 * words; ++eight, weights += 64) {
+      each<(WIDE ? 4 : 2)>([&](auto shift) __attribute__((always_inline)) {
+        __m512i value[NV];
+        each<NV>([&](auto v) __attribute__((always_inline)) {
+          __m512i digits = _mm512_load_si512(weights + v * step);
+          if (WIDE) {  // the table is there twice: bit 4, of another digit, does not matter
+            if (shift) digits = _mm512_srli_epi16(digits, 4 * shift);
+            value[v] = _mm512_permutexvar_epi16(digits, level);
+          } else {
+            if (shift) digits = _mm512_srli_epi32(digits, 4);
+            value[v] = _mm512_shuffle_epi8(level, _mm512_and_si512(digits, low));
           }
-          const int64_t at = w * 32 * DIGITS + eight * 8 + half * 4;
-#pragma GCC unroll 4
-          for (int r = 0; r < MR; ++r) {
-            const __m512i x = four_bytes(pixels[r] + at);
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) {
-              sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], value[v], x);
-              if (REST) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], more[v], x);
-              settle(sums[r][v]);
-            }
-            if constexpr (DIGITS == 2) {
-              const __m512i y = four_bytes(pixels[r] + at + 32);
-#pragma GCC unroll 4
-              for (int v = 0; v < NV; ++v) {
-                low[r][v] = _mm512_dpbusd_epi32(low[r][v], value[v], y);
-                settle(low[r][v]);
-              }
-            }
-          }
-        }
-      }
-    }
-    if constexpr (DIGITS == 2) {
-#pragma GCC unroll 4
-      for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) {
-          sums[r][v] = _mm512_add_epi32(_mm512_slli_epi32(sums[r][v], 8), low[r][v]);
-        }
-      }
+          settle(value[v]);
+        });
+        each<MR>([&](auto r) __attribute__((always_inline)) {
+          const __m512i x = four_bytes(pixels[r] + eight * 8 * kChannelBytes + shift * 4);
+          each<NV>([&](auto v) __attribute__((always_inline)) {
+            __m512i& sum = sums[r][v];
+            sum = WIDE ? _mm512_dpwssd_epi32(sum, value[v], x) : _mm512_dpbusd_epi32(sum, value[v], x);
+            settle(sum);
+          });
+        });
+      });
     }
   }
 };
