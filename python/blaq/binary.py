@@ -62,6 +62,7 @@ class BinaryLayer(PackedLayer):
         """The layer that takes the signs of its input, of the same tensors."""
         new = cls.like(layer, layer.levels, layer.group_size, layer.dtype)
         new.qweight, new.scale, new.bias = layer.qweight, layer.scale, layer.bias
+        new.mapped = layer.mapped
         return new
 
     def _geometry(self) -> tuple[int, int, int]:

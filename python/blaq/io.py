@@ -97,13 +97,20 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     _write(path, tensors, metadata)
 
 
-def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+def load(path: str | os.PathLike[str], model: nn.Module, *, mmap: bool = False) -> nn.Module:
     """Read a packed file into ``model``: a float model of the same architecture, or a packed one.
 
     The layers that the file has packed are replaced in place, everything else is copied; the model
     is returned, or the new layer where the model is itself one layer. Every field of the file is
     checked against the others and against the model first. A model on the meta device takes the
     file's tensors as they are, on the CPU.
+
+    Args:
+        mmap: leave the codes of layers on the CPU in the file, whose pages every process that loads
+            it shares. A layer that has repacked its weight gives its pages back, and the file is
+            read again if something wants them. The file may be renamed, deleted, or replaced as
+            :func:`save` does it; cut short in place, the process dies of SIGBUS at the next look at
+            what is gone. Writing to such a ``qweight`` changes this process's copy, never the file.
 
     Raises:
         ValueError: a rule of the format is broken, or the file is of another model; the message
@@ -114,10 +121,10 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     with _opened(path, require) as (file, handle):
         layers = _match_layers(file, model, require)
         others = _match_others(file, model, require)
-        tensors = _read(file, handle, require)
+        tensors = _read(file, handle, require, mmap)
     new: dict[Any, PackedLayer] = {}
     for name, old in layers.items():
-        layer = _make_layer(name, file.layers[name], old, tensors)
+        layer = _make_layer(name, file.layers[name], old, tensors, mmap)
         first = new.setdefault(old, layer)
         require(_same_state(first, layer), name, "equal its other name in the model", "other codes")
     for name, owner in _owners(others).items():
@@ -244,9 +251,14 @@ def _say(stored: tuple[str, list[int]] | None) -> str:
     return "no such tensor" if stored is None else f"{stored[0]} {stored[1]}"
 
 
-def _read(file: PackedFile, handle: Any, require: Require) -> dict[str, Tensor]:
-    """Every tensor by every name, its contents checked; copies, independent of the file."""
-    tensors = {name: handle.get_tensor(name).clone() for name in file.tensors}
+def _read(file: PackedFile, handle: Any, require: Require,
+          mapped: bool = False) -> dict[str, Tensor]:
+    """Every tensor by every name, its contents checked; copies, independent of the file, but for
+    codes that stay ``mapped``."""
+    packed = {join(name, "qweight") for name in file.layers if mapped}
+    packed = {file.aliases.get(name, name) for name in packed}
+    tensors = {name: handle.get_tensor(name) for name in file.tensors}
+    tensors = {name: x if name in packed else x.clone() for name, x in tensors.items()}
     stored = dict(tensors)
     tensors |= {name: tensors[owner] for name, owner in file.aliases.items()}
     for name, spec in file.layers.items():
@@ -301,13 +313,14 @@ def _match_others(file: PackedFile, model: nn.Module, require: Require) -> dict[
     return others
 
 
-def _make_layer(name: str, spec: PackedSpec, old: nn.Module,
-                tensors: dict[str, Tensor]) -> PackedLayer:
+def _make_layer(name: str, spec: PackedSpec, old: nn.Module, tensors: dict[str, Tensor],
+                mapped: bool) -> PackedLayer:
     """The packed layer to put in the place of ``old``, on its device."""
     layer = KINDS[spec.kind].like(old, spec.levels, spec.group_size, getattr(torch, spec.dtype))
     at = old.qweight.device if isinstance(old, PackedLayer) else old.weight.device
     device = torch.device("cpu") if at.type == "meta" else at
     layer.qweight = tensors[join(name, "qweight")].to(device)
+    layer.mapped = layer.qweight if mapped and device.type == "cpu" else None
     layer.scale = tensors[join(name, "scale")].to(device)
     if old.bias is not None:
         layer.bias = nn.Parameter(tensors[join(name, "bias")].to(device), old.bias.requires_grad)

@@ -20,6 +20,7 @@ from blaq_kernels.reference import matrix_shape, scale_shape
 
 from .accuracy import checked, get_accuracy
 from .encoding import encode
+from .memory import page_out
 from .quantization import Quantization
 
 __all__ = ["PackedConv2d", "PackedLinear"]
@@ -38,6 +39,7 @@ class PackedLayer(nn.Module):
         bias: ``[N]`` in the module's dtype, or None.
         levels, bits, group_size: the codebook and the grouping.
         dtype: of ``weight``; casting the module changes it and ``bias``, never the codes.
+        mapped: the ``qweight`` that :func:`blaq.load` left in its file, or None.
     """
 
     FLOAT: ClassVar[type[nn.Module]]
@@ -47,6 +49,7 @@ class PackedLayer(nn.Module):
     qweight: Tensor
     scale: Tensor
     bias: nn.Parameter | None
+    mapped: Tensor | None = None
 
     _accuracy: str | None = None
     _repacked: tuple[Tensor, int, Tensor] | None = None  # of which qweight, of which version, and it
@@ -104,6 +107,8 @@ class PackedLayer(nn.Module):
         if kept is None or kept[0] is not qweight or kept[1] != version:
             # Two threads may both make it: the same.
             kept = self._repacked = qweight, version, self._repack()
+            if qweight is self.mapped:
+                page_out(qweight)
         return kept[2]
 
     def _wants_repacked(self) -> bool:
@@ -113,7 +118,12 @@ class PackedLayer(nn.Module):
         return torch.ops.blaq.repack.default(self.qweight)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_repacked": None}
+        return {**self.__dict__, "_repacked": None, "mapped": None}
+
+    @property
+    def bytes_repacked(self) -> int:
+        """What :meth:`repacked` keeps in memory now."""
+        return 0 if self._repacked is None else self._repacked[2].nbytes
 
     @classmethod
     def like(cls: type[P], layer: nn.Module, levels: Sequence[float], group_size: int,

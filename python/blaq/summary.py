@@ -38,6 +38,8 @@ class LayerSummary:
         bytes_float32: with every floating-point tensor in float32, quantized or not.
         bytes_now: of the module's tensors as they are.
         bytes_packed: after ``blaq.pack``; as now, where the layer is packed or stays as it is.
+        bytes_repacked: of the copy in the order that this processor's kernels read, which a packed
+            layer keeps from its first call on.
         mean_scale: mean over the groups; None in full precision.
         flip_ratio: share of codes that the optimizer's last step changed; None where nobody counts.
         note: why a quantized layer will stay float; empty otherwise.
@@ -55,6 +57,7 @@ class LayerSummary:
     bytes_float32: int
     bytes_now: int
     bytes_packed: int
+    bytes_repacked: int
     mean_scale: float | None
     flip_ratio: float | None
     note: str
@@ -66,7 +69,7 @@ class Summary:
 
     Attributes:
         layers: in the model's order.
-        bytes_float32, bytes_now, bytes_packed: totals.
+        bytes_float32, bytes_now, bytes_packed, bytes_repacked: totals.
         flip_ratio: over all weights whose flips are counted; None if none are.
     """
 
@@ -74,6 +77,7 @@ class Summary:
     bytes_float32: int
     bytes_now: int
     bytes_packed: int
+    bytes_repacked: int
     flip_ratio: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,6 +96,8 @@ class Summary:
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
         lines += [f"{layer.name or 'the model'} will stay float: {layer.note}"
                   for layer in self.layers if layer.note]
+        if self.bytes_repacked:
+            lines.append(f"repacked for this processor's kernels: {size(self.bytes_repacked)} more")
         return "\n".join(lines)
 
 
@@ -125,7 +131,7 @@ def summary(model: nn.Module) -> Summary:
                 flips += int(quantization.flips)
                 counted += module.weight.numel()
     totals = [sum(getattr(row, field) for row in rows)
-              for field in ("bytes_float32", "bytes_now", "bytes_packed")]
+              for field in ("bytes_float32", "bytes_now", "bytes_packed", "bytes_repacked")]
     return Summary(tuple(rows), *totals, flips / counted if counted else None)
 
 
@@ -154,8 +160,8 @@ def _row(name: str, module: nn.Module, fresh: Sequence[Tensor], quantization: Qu
     flips = None if q is None or q.flips is None else int(q.flips) / weight.numel()
     return LayerSummary(
         name, type(module).__name__, shape, q and q.bits, q and _codebook(q.levels), q and q.levels,
-        q and q.group_size, float32, now, packed, q and q.scale.float().mean().item(), flips,
-        note or "")
+        q and q.group_size, float32, now, packed, module.bytes_repacked if is_packed else 0,
+        q and q.scale.float().mean().item(), flips, note or "")
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
