@@ -9,6 +9,7 @@ from blaq_kernels import reference
 
 pytestmark = needs_compiler
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+WAYS = {"and": 0, "xor": 1, "warpgroups": 2}
 SHAPES = ((1, 16, 64), (3, 5, 1), (8, 40, 300), (9, 17, 70), (33, 24, 1000), (65, 130, 513), (130, 20, 256))
 
 
@@ -18,13 +19,14 @@ def array(tensor, offset=0):
     return guarded(plain.contiguous().numpy(), offset)
 
 
-def product(x, qweight, scale, bias, group_size, exclusive, offset=0):
+def product(x, qweight, scale, bias, group_size, way="and", offset=0):
     (m, k), n = x.shape, qweight.shape[1]
     weight = array(reference.binary_repack(qweight, k, 1, 1))
-    bits = guarded(np.zeros((m, -(-k // 64)), np.uint64))
+    words = -(-k // 256) * 4 if way == "warpgroups" else -(-k // 64)
+    bits = guarded(np.zeros((m, words), np.uint64))
     out = array(torch.full((m, n), float("nan"), dtype=x.dtype))
     library("binary_linear").product(
-        TYPES.index(x.dtype), int(exclusive), array(x, offset), bits, weight, array(scale),
+        TYPES.index(x.dtype), WAYS[way], array(x, offset), bits, weight, array(scale),
         None if bias is None else array(bias), out, m, n, k, group_size)
     return torch.from_numpy(out.copy()).view(x.dtype)
 
@@ -53,43 +55,45 @@ def check(actual, x, qweight, scale, bias, group_size):
     assert ((actual.double() - expected).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("exclusive", (False, True))
-@pytest.mark.parametrize("shape", SHAPES)
-def test_product_is_the_references(shape, exclusive):
-    for dtype in TYPES:
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", (*SHAPES, (140, 150, 2100)))
+def test_product_is_the_references(shape, way):
+    for dtype in TYPES if shape in SHAPES else (torch.bfloat16,):
         for group_size in (0, -1):
             arguments = case(*shape, dtype, group_size)
-            check(product(*arguments, group_size, exclusive), *arguments, group_size)
+            check(product(*arguments, group_size, way), *arguments, group_size)
 
 
-@pytest.mark.parametrize("exclusive", (False, True))
+@pytest.mark.parametrize("way", ("and", "xor"))
 @pytest.mark.parametrize("group_size", (64, 128, 192, 320))
-def test_every_group_has_its_scale(group_size, exclusive):
+def test_every_group_has_its_scale(group_size, way):
     for m, n, k in ((2, 19, 700), (20, 33, 384), (70, 8, 64)):
         arguments = case(m, n, k, torch.float32, group_size)
-        check(product(*arguments, group_size, exclusive), *arguments, group_size)
+        check(product(*arguments, group_size, way), *arguments, group_size)
 
 
-def test_no_bias_no_inputs_and_no_outputs():
+@pytest.mark.parametrize("way", WAYS)
+def test_no_bias_no_inputs_and_no_outputs(way):
     x, qweight, scale, bias = case(3, 10, 100, torch.float32)
-    check(product(x, qweight, scale, None, 0, False), x, qweight, scale, None, 0)
+    check(product(x, qweight, scale, None, 0, way), x, qweight, scale, None, 0)
     empty = torch.zeros(2, 0), torch.zeros(1, 4, 0, dtype=torch.uint8), torch.ones(1)
-    assert product(*empty, torch.arange(4.0), 0, False).tolist() == [[0.0, 1.0, 2.0, 3.0]] * 2
+    assert product(*empty, torch.arange(4.0), 0, way).tolist() == [[0.0, 1.0, 2.0, 3.0]] * 2
     assert product(torch.zeros(0, 8), torch.zeros(1, 4, 1, dtype=torch.uint8), torch.ones(1), None, 0,
-                   False).shape == (0, 4)
+                   way).shape == (0, 4)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_misaligned_inputs_are_read_one_by_one(dtype):
     arguments = case(5, 12, 264, dtype)
-    check(product(*arguments, 0, False, offset=arguments[0].element_size()), *arguments, 0)
+    check(product(*arguments, 0, offset=arguments[0].element_size()), *arguments, 0)
 
 
-def test_no_order_of_threads_changes_a_result():
+@pytest.mark.parametrize("way", WAYS)
+def test_no_order_of_threads_changes_a_result(way):
     arguments = case(40, 50, 900, torch.bfloat16, -1)
     results = []
     for order in ORDERS:
         library("binary_linear").order(order)
-        results.append(product(*arguments, -1, False))
+        results.append(product(*arguments, -1, way))
     library("binary_linear").order(0)
     assert all(torch.equal(results[0], result) for result in results)

@@ -53,15 +53,16 @@ struct BinaryProduct {
 
 constexpr int kPackThreads = 256;
 
-// bits[m][words · 8 bytes]: 1 where an input is negative, which −0 and NaN are not; past k: 0.
-template <typename Type>
+// bits[m][bytes]: 1 where an input is negative, which −0 and NaN are not; past k: 0. For products of a
+// warpgroup the low halves of four words come first, then the high ones.
+template <typename Type, bool halves_apart>
 __global__ void __launch_bounds__(kPackThreads)
-pack_signs_kernel(const typename Type::Word* x, int64_t m, int64_t k, uint8_t* bits) {
+pack_signs_kernel(const typename Type::Word* x, int64_t m, int64_t k, int64_t bytes, uint8_t* bits) {
   using Word = typename Type::Word;
   constexpr int kLoads = sizeof(Word) / 2;  // of 16 bytes, for the 8 inputs of a byte
-  const int64_t bytes = (k + 63) / 64 * 8, byte = int64_t{blockIdx.x} * kPackThreads + threadIdx.x;
+  const int64_t byte = int64_t{blockIdx.x} * kPackThreads + threadIdx.x, begin = byte * 8;
   if (byte >= bytes) return;
-  const int64_t begin = byte * 8;
+  const int64_t to = halves_apart ? byte / 32 * 32 + byte % 8 / 4 * 16 + byte % 32 / 8 * 4 + byte % 4 : byte;
   for (int64_t row = blockIdx.y; row < m; row += gridDim.y) {
     const Word* from = x + row * k + begin;
     Word inputs[8] = {};
@@ -75,7 +76,7 @@ pack_signs_kernel(const typename Type::Word* x, int64_t m, int64_t k, uint8_t* b
     uint32_t negative = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) negative |= static_cast<uint32_t>(Type::read(inputs[i]) < 0) << i;
-    bits[row * bytes + byte] = static_cast<uint8_t>(negative);
+    bits[row * bytes + to] = static_cast<uint8_t>(negative);
   }
 }
 
@@ -144,6 +145,61 @@ struct Differences {
   }
 };
 
+// Where lane 4 g + t of a warp has its sums: tile i's e-th is that of this output, and of row 2 t + e % 2.
+BLAQ_DEVICE int64_t output_of(int64_t block0, int i, int e) {
+  const int g = threadIdx.x % 32 / 4;
+  return (block0 + 2 * i + g / 4) * 8 + 2 * (g % 4) + e / 2;
+}
+
+// Rounded as training rounded the weight.
+template <typename Type>
+BLAQ_DEVICE typename Type::Sum scale_of(const BinaryProduct<Type>& call, int64_t output, int64_t part) {
+  const int64_t at = call.group_size == 0 ? 0 : least(output, call.n - 1) * call.parts() + part;
+  return Type::read(Type::write(call.scale[at]));
+}
+
+// out = value(i, j, e, scale) + bias, two neighbouring outputs of a row at a time.
+template <typename Type, int kI, int kJ, typename Value>
+BLAQ_DEVICE void write_products(const BinaryProduct<Type>& call, int64_t block0, int64_t row0,
+                                const Value& value) {
+  using Sum = typename Type::Sum;
+  using Word = typename Type::Word;
+  struct alignas(2 * sizeof(Word)) Two {
+    Word value[2];
+  };
+  const bool together = call.n % 2 == 0 && reinterpret_cast<uintptr_t>(call.out) % sizeof(Two) == 0;
+#pragma unroll
+  for (int i = 0; i < kI; ++i) {
+    const int64_t output = output_of(block0, i, 0);
+    if (output >= call.n) continue;
+    const bool has_second = output + 1 < call.n;
+    Sum bias[2] = {}, scale[2];
+#pragma unroll
+    for (int o = 0; o < 2; ++o) {
+      if (call.bias && (o == 0 || has_second)) bias[o] = Type::read(call.bias[output + o]);
+      scale[o] = scale_of(call, output + o, 0);
+    }
+#pragma unroll
+    for (int j = 0; j < kJ; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int64_t row = row0 + 8 * j + 2 * (threadIdx.x % 4) + e;
+        if (row >= call.m) continue;
+        Two two;
+#pragma unroll
+        for (int o = 0; o < 2; ++o) two.value[o] = Type::write(value(i, j, e + 2 * o, scale[o]) + bias[o]);
+        Word* to = call.out + row * call.n + output;
+        if (together) {
+          *reinterpret_cast<Two*>(to) = two;
+        } else {
+          to[0] = two.value[0];
+          if (has_second) to[1] = two.value[1];
+        }
+      }
+    }
+  }
+}
+
 // Native: what the architecture has; the emulation asks for either.
 template <typename Type, typename Tile, bool exclusive_on_host>
 __global__ void __launch_bounds__(32 * Tile::kWarps)
@@ -155,10 +211,6 @@ binary_product_kernel(const BinaryProduct<Type> call) {
 #endif
   using Counts = Differences<Tile, kExclusive>;
   using Sum = typename Type::Sum;
-  using Word = typename Type::Word;
-  struct alignas(2 * sizeof(Word)) Two {
-    Word value[2];
-  };
   constexpr int kI = Tile::kOutputs, kJ = Tile::kRows, kSteps = Tile::kSteps, kSplit = Tile::kSplit;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int64_t words = call.words(), blocks = (call.n + 7) / 8, parts = call.parts();
@@ -183,12 +235,6 @@ binary_product_kernel(const BinaryProduct<Type> call) {
     for (int i = 0; i < kI; ++i) out[i] = word < end ? __ldg(weight[i] + word * 4) : make_uint4(0, 0, 0, 0);
   };
 
-  // Output and row of a sum, and what a part's count adds to it, scaled as training rounded the weight.
-  const auto output_of = [&](int i, int e) { return (block0 + 2 * i + g / 4) * 8 + 2 * (g % 4) + e / 2; };
-  const auto scale_of = [&](int i, int e, int64_t part) {
-    const int64_t at = call.group_size == 0 ? 0 : least(output_of(i, e), call.n - 1) * parts + part;
-    return Type::read(Type::write(call.scale[at]));
-  };
   Sum sums[Tile::kGroups ? kI : 1][kJ][4] = {};
   Counts counts;
   for (int64_t part = 0; part < (Tile::kGroups ? parts : 1); ++part) {
@@ -243,7 +289,7 @@ binary_product_kernel(const BinaryProduct<Type> call) {
       for (int i = 0; i < kI; ++i) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const Sum scale = scale_of(i, e, part);
+          const Sum scale = scale_of(call, output_of(block0, i, e), part);
 #pragma unroll
           for (int j = 0; j < kJ; ++j) {
             sums[i][j][e] += static_cast<Sum>(inputs - 2 * counts.count[i][j][e]) * scale;
@@ -254,42 +300,10 @@ binary_product_kernel(const BinaryProduct<Type> call) {
     }
   }
 
-  // Two neighbouring outputs of a row at a time.
-  const bool together = call.n % 2 == 0 && reinterpret_cast<uintptr_t>(call.out) % sizeof(Two) == 0;
-#pragma unroll
-  for (int i = 0; i < kI; ++i) {
-    const int64_t output = output_of(i, 0);
-    if (output >= call.n) continue;
-    const bool has_second = output + 1 < call.n;
-    Sum bias[2] = {}, scale[2] = {1, 1};
-#pragma unroll
-    for (int o = 0; o < 2; ++o) {
-      if (call.bias && (o == 0 || has_second)) bias[o] = Type::read(call.bias[output + o]);
-      if (!Tile::kGroups) scale[o] = scale_of(i, 2 * o, 0);
-    }
-#pragma unroll
-    for (int j = 0; j < kJ; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int64_t row = row0 + 8 * j + 2 * t + e;
-        if (row >= call.m) continue;
-        Two two;
-#pragma unroll
-        for (int o = 0; o < 2; ++o) {
-          const Sum sum = Tile::kGroups ? sums[Tile::kGroups ? i : 0][j][e + 2 * o]
-                                        : static_cast<Sum>(call.k - 2 * counts.count[i][j][e + 2 * o]) * scale[o];
-          two.value[o] = Type::write(sum + bias[o]);
-        }
-        Word* to = call.out + row * call.n + output;
-        if (together) {
-          *reinterpret_cast<Two*>(to) = two;
-        } else {
-          to[0] = two.value[0];
-          if (has_second) to[1] = two.value[1];
-        }
-      }
-    }
-  }
+  write_products<Type, kI, kJ>(call, block0, row0, [&](int i, int j, int e, Sum scale) {
+    return Tile::kGroups ? sums[Tile::kGroups ? i : 0][j][e]
+                         : static_cast<Sum>(call.k - 2 * counts.count[i][j][e]) * scale;
+  });
 }
 
 template <typename Tile, bool exclusive, typename Type>
@@ -299,17 +313,21 @@ void launch_binary_product(const BinaryProduct<Type>& call, Stream stream) {
          {{tiles(call.n, Tile::kTileOutputs), tiles(call.m, Tile::kTileRows)}, 32 * Tile::kWarps}, stream, call);
 }
 
-// Both launches. `bits` [m, ceil(k / 64)] becomes the rows' signs. Where no product is left, m or n is 0.
+template <typename Type, bool halves_apart>
+void pack_signs(const typename Type::Word* x, int64_t m, int64_t k, int64_t bytes, uint64_t* bits,
+                Stream stream) {
+  if (bytes == 0) return;
+  launch(pack_signs_kernel<Type, halves_apart>,
+         {{static_cast<unsigned>((bytes + kPackThreads - 1) / kPackThreads),
+           static_cast<unsigned>(std::min<int64_t>(m, 65535))}, kPackThreads},
+         stream, x, m, k, bytes, reinterpret_cast<uint8_t*>(bits));
+}
+
+// Both launches. `bits` [m, ceil(k / 64)] becomes the rows' signs.
 template <typename Type, bool exclusive = false>
 void binary_linear(const typename Type::Word* x, uint64_t* bits, BinaryProduct<Type> call, Stream stream) {
   if (call.m == 0 || call.n == 0) return;
-  const int64_t bytes = call.words() * 8;
-  if (bytes > 0) {
-    launch(pack_signs_kernel<Type>,
-           {{static_cast<unsigned>((bytes + kPackThreads - 1) / kPackThreads),
-             static_cast<unsigned>(std::min<int64_t>(call.m, 65535))}, kPackThreads},
-           stream, x, call.m, call.k, reinterpret_cast<uint8_t*>(bits));
-  }
+  pack_signs<Type, false>(x, call.m, call.k, call.words() * 8, bits, stream);
   call.rows = bits;
   // Few rows: all warps read the weight, which is what there is to read. Many: products bound.
   if (call.parts() != 1) return launch_binary_product<BinaryTile<2, 2, 1, true>, exclusive>(call, stream);
