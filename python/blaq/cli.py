@@ -24,6 +24,7 @@ COMMANDS = {
     "pack": ("blaq.commands.pack", "write a trained run's model with bit-packed weights"),
     "inspect": ("blaq.commands.inspect", "what a packed file holds, layer by layer"),
     "bench": ("blaq.bench.command", "time the ops against the best alternatives"),
+    "reproduce": ("blaq.commands.reproduce", "make a figure or table of the paper"),
     "env": ("blaq.commands.env", "versions, processor, and which backend serves each op"),
 }
 LIBRARY_PREFIX = re.compile(r"^blaq[\w.]*: ")
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:9}{help}" for name, (_, help) in COMMANDS.items()]
+    lines = [f"  {name:11}{help}" for name, (_, help) in COMMANDS.items()]
     return "\n".join([
         "usage: blaq COMMAND [options]", "",
         "Loss-aware training with 1- to 4-bit weights, and inference from packed ones.", "",

@@ -1,0 +1,164 @@
+"""``blaq reproduce``: theory to rounding, figures and tables on tiny data, resuming, mistakes."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cli import call, fails
+from test_data import idx
+
+from blaq.reproduce.results import VERSION, difference, spread, verdict
+from blaq.reproduce.runs import RECORD
+from blaq.reproduce.study import best_line
+from blaq.reproduce.theory import LIMITS, power_law, stability_limit
+from blaq.reproduce.toy import best_quantized
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory):
+    """A folder of 200 training and 80 test images in MNIST's format: bars, one for each class."""
+    folder = tmp_path_factory.mktemp("mnist")
+    random = np.random.default_rng(0)
+    for prefix, count in (("train", 200), ("t10k", 80)):
+        labels = np.arange(count) % 10
+        images = random.integers(0, 60, (count, 28, 28))
+        for image, label in zip(images, labels, strict=True):
+            image[2 * label + 3:2 * label + 6] += 180
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(idx(images.astype(np.uint8)))
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(labels.astype(np.uint8)))
+    return folder
+
+
+# theory
+
+
+@pytest.mark.parametrize("backtrack", [1.0, 0.9, 0.75, 0.6])
+def test_power_law_is_exact_to_rounding(backtrack):
+    path = power_law(backtrack)
+    for before, after in pairwise(path):
+        assert after == pytest.approx((3 - 4 * backtrack) * before, rel=1e-14, abs=1e-15)
+    assert len(path) == (2 if backtrack == 0.75 else 7)
+
+
+@pytest.mark.parametrize("backtrack,limit", [(1.0, 2.0), (0.6, 2.5), (0.9, 2.763932), (0.75, 4.0),
+                                             (0.8, 5.0), (0.875, 8.0)])
+def test_stability_limit_of_the_optimizer(backtrack, limit):
+    assert stability_limit(backtrack) == pytest.approx(limit, abs=2e-5)
+    assert LIMITS[backtrack] == pytest.approx(limit, abs=1e-6)
+
+
+def test_stability_limit_out_of_reach():
+    with pytest.raises(ValueError, match=r"largest must exceed the limit, got 1\.5"):
+        stability_limit(1.0, largest=1.5)
+
+
+def test_best_quantized_weights_of_figure_1():
+    scale, signs, loss = best_quantized()
+    assert scale == pytest.approx(0.65 / 12, rel=1e-6) and signs == [1, -1]
+    assert loss == pytest.approx(8.333e-7, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["theory", "fig1"])
+def test_theory_holds_by_the_command(capsys, tmp_path, name):
+    status, out, _ = call(capsys, "reproduce", name, "--quick", "--out", tmp_path)
+    assert status == 0 and "says" in out and "here measured" in out
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    assert found["version"] == VERSION and found["command"].startswith("blaq ")
+    assert {"commit", "torch", "date"} <= found["origin"].keys()
+    if name == "theory":
+        assert len(found["claims"]) == 17
+        assert {claim["verdict"] for claim in found["claims"]} == {"holds"}
+    for ending in (".png", ".svg"):
+        assert (tmp_path / f"{name}{ending}").stat().st_size > 5000
+
+
+# statistics
+
+
+def test_paired_difference_and_its_verdict():
+    gap = difference([99.3, 99.4, 99.5], [99.0, 99.2, 99.1])
+    assert gap["mean"] == pytest.approx(0.3)
+    # sd 0.1, t(2 degrees, 97.5 %) = 4.303
+    assert gap["high"] - gap["low"] == pytest.approx(2 * 4.3027 * 0.1 / 3**0.5, rel=1e-4)
+    assert verdict(gap) == "holds"
+    assert verdict(difference([1.0, 2.0, 3.0], [2.0, 2.0, 2.0])) == "undecided"
+    assert verdict(difference([1.0, 1.1, 1.2], [2.0, 2.1, 2.3])) == "does not hold"
+    assert verdict(difference([1.0], [0.0])) == "undecided (one seed)"
+    assert spread([1.0]).sd is None and spread([1.0, 3.0]).text() == "2.00 ± 1.41"
+
+
+def test_the_best_epoch_is_chosen_by_validation_images_alone():
+    history = [{"valid_accuracy": 0.5, "valid_loss": 2.0, "test_accuracy": 0.9},
+               {"valid_accuracy": 0.6, "valid_loss": 1.5, "test_accuracy": 0.1},
+               {"valid_accuracy": 0.6, "valid_loss": 1.0, "test_accuracy": 0.2}]
+    assert best_line(history)["test_accuracy"] == 0.2
+
+
+# tables
+
+
+@pytest.mark.parametrize("name", ["table4"])
+def test_table_on_tiny_data_resumes_and_refuses(capsys, tmp_path, mnist, name):
+    arguments = ["reproduce", name, "--quick", "--data-dir", mnist, "--out", tmp_path]
+    status, out, _ = call(capsys, *arguments, "--rows", "laq,blaq")
+    assert status == 1 and "the same command goes on" in out  # other rows are not run yet
+    kept = tmp_path / f"{name}-quick" / "laq-s0" / RECORD
+    written = kept.stat().st_mtime_ns
+    status, out, _ = call(capsys, *arguments)
+    assert status == 0 and kept.stat().st_mtime_ns == written
+    found = json.loads((tmp_path / f"{name}.json").read_text())["content"]
+    rows = {row["row"]: row for row in found["rows"]}
+    assert set(rows) == {"fp", "laq", "laq-2x", "blaq"} and found["missing"] == []
+    assert rows["laq-2x"]["evaluations"] == rows["blaq"]["evaluations"]
+    assert rows["blaq"]["evaluations"] == 2 * rows["laq"]["evaluations"]
+    assert rows["laq-2x"]["lr"] == rows["laq"]["lr"]
+    assert [run["seed"] for run in rows["laq"]["runs"]] == [0, 1]
+    assert all(run["config"]["validation"] == 40 for run in rows["laq"]["runs"])
+
+    record = json.loads(kept.read_text())
+    kept.write_text(json.dumps({**record, "version": 99}))
+    assert fails_at_end(capsys, arguments).endswith(
+        f"version must be {VERSION}, got 99; try another --out")
+    record["config"]["batch_size"] = 10
+    kept.write_text(json.dumps(record))
+    assert "batch_size must be 20, got 10" in fails_at_end(capsys, arguments)
+
+
+def fails_at_end(capsys, arguments):
+    """The last line of stderr, where progress may stand before it."""
+    status, _, err = call(capsys, *arguments)
+    assert status == 2
+    return err.strip().splitlines()[-1]
+
+
+# mistakes
+
+
+def test_mistakes(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("BLAQ_DATA", raising=False)
+    out = ["--out", tmp_path]
+    assert "figure or table must be one of theory, " in fails(capsys, "reproduce", "fig9", *out)
+    assert "got None" in fails(capsys, "reproduce", *out)
+    assert "BLAQ_DATA to the folder that holds mnist/" in fails(capsys, "reproduce", "table4", *out)
+    missing = tmp_path / "nowhere"
+    assert str(missing) in fails(capsys, "reproduce", "table4", "--data-dir", missing, *out)
+    assert "--workers must be at least 1" in fails(
+        capsys, "reproduce", "theory", "--workers", 0, *out)
+    assert "--limit-minutes must be at least 0" in fails(
+        capsys, "reproduce", "theory", "--limit-minutes", -1, *out)
+
+
+def test_unknown_row(capsys, tmp_path, mnist):
+    assert "rows of table4 must be among fp, " in fails(
+        capsys, "reproduce", "table4", "--quick", "--data-dir", mnist, "--rows", "laq,foo",
+        "--out", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": "blaq-reproduce", "version": 0}'])
+def test_results_of_another_version_are_not_written_over(capsys, tmp_path, content):
+    path = Path(tmp_path) / "theory.json"
+    path.write_text(content)
+    assert str(path) in fails(capsys, "reproduce", "theory", "--quick", "--out", tmp_path)
+    assert path.read_text() == content
