@@ -22,6 +22,13 @@ METHODS = {
     "blaq": {"bits": 1, "augment": True, "last_bits": "8"},
     "one-pass": {"method": "blaq-one-pass", "bits": 3, "solve": "exact", "first_bits": "fp"},
     "bc": {"method": "bc", "model": "mlp4", "width": 0.01, "first_bits": "8"},
+    "random": {"method": "bc-stochastic", "options": "magnitude=0.1"},
+    "two-scale": {"method": "lat2-approximate"},
+    "admm": {"method": "admm", "bits": 2, "options": "growth=2.0"},
+    "pruned": {"method": "admm-pruning", "options": "sparsity=0.5,retrain=0.6"},
+    "dc": {"method": "dc", "options": "sparsity=0.5,dense=0.2,sparse=0.5"},
+    "alq": {"method": "alq", "group_size": -1, "options": "rounds=1"},
+    "aq": {"method": "aq"},
     "twn": {"method": "twn-exact", "optimizer": "sgd", "validation": 40},
     "batch-norm": {"model": "mlp4", "width": 0.01, "bits": 2, "amp": "bf16", "schedule": "step"},
 }

@@ -153,7 +153,8 @@ def _write_models(model: nn.Module, out: Path) -> dict[str, int]:
 
 def _summary(history: list[dict[str, Any]], sizes: dict[str, int]) -> str:
     criterion = "valid_accuracy" if "valid_accuracy" in history[-1] else "test_accuracy"
-    last, best = history[-1], max(history, key=lambda line: line[criterion])
+    shipping = [line for line in history if line.get("quantized", True)] or history
+    last, best = history[-1], max(shipping, key=lambda line: line[criterion])
     which = "best validation epoch's" if criterion == "valid_accuracy" else "best epoch's"
     rows = [("", ""), ("test accuracy", percent(last["test_accuracy"])),
             (which, f"{percent(best['test_accuracy'])} (epoch {best['epoch']})"),

@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
     Attributes:
         place: module and class.
-        bits: widths of a weight, the default first; none for full precision.
+        bits: widths of a weight, the default first; none where ``bits`` has no part.
         codebooks: that it can quantize to, the default first; none where it has its own levels.
     """
 
@@ -45,8 +45,19 @@ METHODS = {
     "lat-exact": Entry("loss_aware.Exact", (2,), ("ternary",)),
     "laq-linear": Entry("loss_aware.LAQ", (3, 2, 4), ("linear",)),
     "laq-log": Entry("loss_aware.LAQ", (3, 2, 4), ("pow2_zero",)),
+    "lat2-approximate": Entry("ternary.TwoScale", (2,)),
+    "lat2-exact": Entry("ternary.TwoScaleExact", (2,)),
+    "error-compensation": Entry("loss_aware.ErrorCompensation", ALL, CODEBOOKS),
+    "admm": Entry("admm.ADMM", ALL, CODEBOOKS),
+    "admm-pruning": Entry("admm.ADMMPruning"),
+    "aq": Entry("adaptive.AQ"),
+    "alq": Entry("alq.ALQ", (4, 3, 2, 1)),
+    "dc": Entry("deep_compression.DeepCompression", (4, 3, 2, 1)),
     "bc": Entry("binary.BinaryConnect", (1,), ("binary",)),
-    "twn-exact": Entry("nearest.Nearest", (2,), ("ternary",)),
+    "bc-stochastic": Entry("binary.StochasticConnect", (1,), ("binary",)),
+    "bwn": Entry("binary.BWN", (1,), ("binary",)),
+    "twn": Entry("ternary.TWN", (2,), ("ternary",)),
+    "twn-exact": Entry("ternary.ExactTWN", (2,), ("ternary",)),
 }
 """Every method. The bits of a ternary one are 2: what a packed weight takes."""
 
@@ -60,7 +71,7 @@ def check_method(name: str, bits: int, codebook: str) -> tuple[int, str]:
     if name not in METHODS:
         raise ValueError(f"blaq.methods: method must be one of {', '.join(METHODS)}, got {name!r}")
     entry = METHODS[name]
-    if not entry.bits:  # full precision: as bits and codebook have no part, any will do
+    if not entry.bits:  # as they have no part, any will do
         return bits or 1, codebook or CODEBOOKS[0]
     for what, value, allowed in (("bits", bits, entry.bits), ("codebook", codebook,
                                                               entry.codebooks)):

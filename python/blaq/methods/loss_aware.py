@@ -10,8 +10,11 @@ Not implemented: LAB's and LAQ's quantized activations and recurrent nets' one s
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from blaq_kernels.schemas import require
@@ -19,7 +22,7 @@ from blaq_kernels.schemas import require
 from ..optim import BLAQ
 from .method import Method, groups_of
 
-__all__ = ["LAQ", "Alternating", "Exact", "OnePass", "OneStepBack"]
+__all__ = ["LAQ", "Alternating", "ErrorCompensation", "Exact", "OnePass", "OneStepBack"]
 
 
 class LAQ(Method):
@@ -44,6 +47,36 @@ class LAQ(Method):
     @property
     def evaluations_per_step(self) -> int:
         return self.optimizer.evaluations_per_step
+
+
+class ErrorCompensation(LAQ):
+    """LAQ with the gradient moved from the quantized to the latent weight by a first-order term:
+    ``g = ĝ + strength · d (w - ŵ)``, d = sqrt(v̂) + eps (the idea of Peng et al., 2021, whose paper
+    gives no more than its abstract here). One evaluation a step.
+
+    Divided by d, the term pulls latent weights towards quantized ones by ``lr · strength`` of their
+    distance. It is applied like decoupled weight decay: it must not enter the moments, from which d
+    itself comes. ``strength = 1/lr`` is LAB's Eq. 7 to the letter, a step from ŵ.
+    """
+
+    OPTIONS: ClassVar = {"strength": 1.0}
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        def compensated() -> Tensor:
+            loss = closure()
+            self.compensate()
+            return loss
+
+        return super().step(compensated)
+
+    @torch.no_grad()
+    def compensate(self) -> None:
+        """Pull the latent weights: each keeps its nearest level, so its code."""
+        for group in self.optimizer.param_groups:
+            share = min(1.0, group["lr"] * self.options["strength"])
+            for param in group["params"]:
+                if group["bits"] is not None:
+                    self.optimizer.state[param]["latent"].lerp_(param.float(), share)
 
 
 class Alternating(LAQ):

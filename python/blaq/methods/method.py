@@ -40,7 +40,12 @@ class Method:
     OPTIONS: ClassVar[Mapping[str, Any]] = {}
     """What ``TrainConfig.options`` may set, with defaults, whose types are the options'."""
 
+    activation: ClassVar[type[nn.Module] | None] = None
+    """What quantizes the layers' inputs, where the config asks for it."""
+
     def __init__(self, model: nn.Module, config: TrainConfig, steps_per_epoch: int) -> None:
+        require(not config.activation_bits or self.activation is not None, "methods",
+                "activation_bits", f"be 0 for {config.method}", config.activation_bits)
         self.model, self.config, self.steps_per_epoch = model, config, steps_per_epoch
         self.options = read_options(config.method, config.options, self.OPTIONS)
         self.steps = 0
@@ -59,6 +64,16 @@ class Method:
     def evaluations_per_step(self) -> int:
         """How often ``step`` runs its closure."""
         return 1
+
+    @property
+    def weight_bits(self) -> float | None:
+        """Mean bits that a quantized weight takes, where training decides it."""
+        return None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether ``evaluating`` shows quantized weights already; False in a method's first phases."""
+        return True
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate; a group may have a factor ``lr_scale`` of its own."""

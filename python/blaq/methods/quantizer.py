@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
+from blaq_kernels.reference import SCALE_TINY
 from blaq_kernels.schemas import require
 
 from ..codebook import levels_for
@@ -25,7 +26,25 @@ from .method import Method, clip_, make_optimizer, quantized_layers
 if TYPE_CHECKING:
     from ..train.config import TrainConfig
 
-__all__ = ["ActivationQuantizer", "QuantizerMethod", "WeightQuantizer"]
+__all__ = ["ActivationQuantizer", "QuantizerMethod", "WeightQuantizer", "eight_bit",
+           "straight_through"]
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def straight_through(latent: Tensor, value: Tensor) -> Tensor:
+    """``value``, whose gradient goes to ``latent`` unchanged. Exact, where the usual
+    ``latent + (value - latent).detach()`` rounds twice."""
+    found: Tensor = _StraightThrough.apply(latent, value)
+    return found
 
 
 class WeightQuantizer(nn.Module):
@@ -83,19 +102,23 @@ class ActivationQuantizer(nn.Module):
         raise NotImplementedError
 
 
+def eight_bit(latent: Tensor) -> Tensor:
+    """Nearest value of the uniform 8-bit grid up to the largest weight."""
+    scale = latent.detach().abs().amax().clamp_min(SCALE_TINY).reshape(1)
+    return fake_quantize(latent, scale, levels_for("linear", 8))
+
+
 class EightBit(WeightQuantizer):
     """The uniform 8-bit grid up to the largest weight: what ``first_bits = 8`` asks of a layer."""
 
     def forward(self, latent: Tensor) -> Tensor:
-        scale = latent.detach().abs().amax().clamp_min(torch.finfo(torch.float32).tiny).reshape(1)
-        return fake_quantize(latent, scale, levels_for("linear", 8))
+        return eight_bit(latent)
 
 
 class QuantizerMethod(Method):
     """Trains latent weights through a :class:`WeightQuantizer` in each quantized layer."""
 
     quantizer: ClassVar[type[WeightQuantizer]]
-    activation: ClassVar[type[ActivationQuantizer] | None] = None
     clips: ClassVar[bool] = False
     """Whether latent weights stay in [-config.clip, config.clip]."""
     quantizer_lr: ClassVar[float] = 1.0
@@ -103,8 +126,6 @@ class QuantizerMethod(Method):
 
     def prepare(self) -> Optimizer:
         config = self.config
-        require(not config.activation_bits or self.activation is not None, "methods",
-                "activation_bits", f"be 0 for {config.method}", config.activation_bits)
         self.layers: list[tuple[nn.Module, WeightQuantizer, Tensor]] = []
         for layer, bits in quantized_layers(self.model, config):
             weight: Any = layer.weight
@@ -160,7 +181,7 @@ class QuantizerMethod(Method):
         if "exp_avg_sq" not in state:
             return None
         group = self.optimizer.param_groups[0]
-        corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"].item())
+        corrected: Tensor = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"].item())
         return corrected.sqrt_().add_(group["eps"])
 
     @torch.no_grad()

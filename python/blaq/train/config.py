@@ -137,7 +137,8 @@ class TrainConfig:
 
     @property
     def quantized(self) -> bool:
-        return self.method != "fp"
+        """Whether weights are quantized to ``bits``."""
+        return bool(METHODS[self.method].bits)
 
     @property
     def milestone_epochs(self) -> tuple[float, ...]:

@@ -55,7 +55,8 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = True,
     (only where images are held out), ``test_loss``, ``test_accuracy`` (0 to 1), ``lr`` (of the last
     step), ``flip_ratio`` (share of codes that a step changes, mean over the
     epoch), ``oscillation`` (mean frequency, see :class:`blaq.OscillationTracker`), both None where
-    not measured, and ``seconds``.
+    not measured, ``seconds``; ``weight_bits`` (mean of a quantized weight) where training
+    decides it, and ``quantized``, False, where a method's first phases still measure float weights.
 
     Args:
         config: the run.
@@ -287,6 +288,10 @@ class _Run:
                 "flip_ratio": flips / steps if self.blaq is not None else None,
                 "oscillation": None if self.tracker is None else self.tracker.frequency(),
                 "seconds": round(time.perf_counter() - began, 3)}
+        if not self.method.is_quantized:
+            line["quantized"] = False
+        if self.method.weight_bits is not None:
+            line["weight_bits"] = self.method.weight_bits
         self.history.append(line)
         return line
 

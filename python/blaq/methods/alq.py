@@ -1,0 +1,264 @@
+"""ALQ: adaptive loss-aware quantization (Qu, Zhou, Cheng, Thiele, CVPR 2020, arXiv 1912.08883).
+
+A group of weights is ``ŵ = B α``: signs B of I columns, one coordinate each in α. There is no latent
+weight. Groups are ``group_size``'s; a layer's code of a weight is the number of its row of signs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from blaq_kernels.reference import from_groups, to_groups
+from blaq_kernels.schemas import require
+
+from ..trial import evaluate
+from .method import Method, make_optimizer, quantized_layers
+
+__all__ = ["ALQ", "MultiBit", "nearest_codes", "refit", "sign_table"]
+
+EPS = 1e-8
+
+
+def sign_table(bits: int, like: Tensor) -> Tensor:
+    """Every row of signs, ``[2**bits, bits]``: row r has +1 where bit i of r is 1."""
+    rows = torch.arange(2**bits, device=like.device)[:, None]
+    return (((rows >> torch.arange(bits, device=like.device)) & 1) * 2 - 1).to(like.dtype)
+
+
+def nearest_codes(target: Tensor, alpha: Tensor) -> Tensor:
+    """The nearest of a group's ``2**I`` levels.
+
+    Args:
+        target: ``[groups, n]``.
+        alpha: ``[groups, I]``.
+
+    Returns:
+        Rows of :func:`sign_table`, uint8 ``[groups, n]``.
+    """
+    levels, order = (alpha @ sign_table(alpha.shape[1], alpha).T).sort(1)
+    place = torch.searchsorted((levels[:, 1:] + levels[:, :-1]) / 2, target.contiguous())
+    return order.gather(1, place).to(torch.uint8)
+
+
+def refit(target: Tensor, curvature: Tensor, signs: Tensor, active: Tensor) -> Tensor:
+    """``(Bᵀ diag(h) B)⁻¹ Bᵀ (h ⊙ target)`` over the active columns; a pruned one's is 0.
+
+    Args:
+        target, curvature: ``[groups, n]``; padding has curvature 0.
+        signs: ``[groups, n, I]``.
+        active: bool ``[groups, I]``.
+    """
+    columns = signs * active[:, None, :]
+    weighted = columns * curvature[..., None]
+    gram = weighted.transpose(1, 2) @ columns
+    # Equal columns have no unique solution: the ridge shares between them, the rest it barely moves.
+    ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-30)
+    gram = gram + torch.diag_embed(torch.where(active, ridge[:, None], 1.0))
+    return torch.linalg.solve(gram, weighted.transpose(1, 2) @ target[..., None])[..., 0]
+
+
+class Moments:
+    """AMSGrad's, of a tensor."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.tensors = {name: torch.zeros_like(like) for name in ("mean", "square", "largest")}
+        self.count = 0
+
+    def add(self, grad: Tensor) -> None:
+        self.count += 1
+        self.tensors["mean"].lerp_(grad, 0.1)
+        self.tensors["square"].lerp_(grad.square(), 0.001)
+        corrected = self.tensors["square"] / (1 - 0.999**self.count)
+        torch.maximum(self.tensors["largest"], corrected, out=self.tensors["largest"])
+
+    def model(self, lr: float) -> tuple[Tensor, Tensor]:
+        """Pseudo-gradient ``lr m̂`` and pseudo-curvature ``sqrt(v̂_max) + eps``."""
+        mean = self.tensors["mean"] / (1 - 0.9**max(self.count, 1))
+        return lr * mean, self.tensors["largest"].sqrt() + EPS
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.tensors, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state[name])
+
+
+class MultiBit:
+    """One layer's weight as codes and coordinates."""
+
+    def __init__(self, weight: Tensor, bits: int, group_size: int) -> None:
+        self.weight, self.group_size = weight, group_size
+        groups = to_groups(weight.detach(), group_size)
+        self.valid = to_groups(torch.ones_like(weight), group_size)
+        self.alpha = groups.new_zeros(len(groups), bits)
+        self.active = torch.zeros_like(self.alpha, dtype=torch.bool)
+        self._begin(groups)
+        self.reset()
+        self.write()
+
+    def _begin(self, groups: Tensor) -> None:
+        """Greedy residual binarization; all coordinates are refitted at each column."""
+        bits = self.alpha.shape[1]
+        self.codes = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
+        residual = groups
+        for i in range(bits):
+            self.codes |= (residual >= 0).to(torch.uint8) << i
+            self.active[:, i] = True
+            self.alpha = refit(groups, self.valid, self.signs(), self.active)
+            residual = groups - self.values()
+
+    def reset(self) -> None:
+        """Begin a phase: moments of the weights and of the coordinates from nothing."""
+        self.bases, self.coordinates = Moments(self.valid), Moments(self.alpha)
+
+    def signs(self) -> Tensor:
+        return sign_table(self.alpha.shape[1], self.alpha)[self.codes.long()]
+
+    def values(self) -> Tensor:
+        """Quantized weights, ``[groups, n]``."""
+        levels = self.alpha @ sign_table(self.alpha.shape[1], self.alpha).T
+        return levels.gather(1, self.codes.long())
+
+    def write(self) -> None:
+        with torch.no_grad():
+            self.weight.copy_(from_groups(self.values(), self.weight.shape, self.group_size))
+
+    def gradient(self) -> Tensor:
+        assert self.weight.grad is not None
+        return to_groups(self.weight.grad, self.group_size)
+
+    def step_bases(self, lr: float) -> None:
+        """Nearest level to the model's minimum ``ŵ - p/h``, then coordinates of least squares."""
+        self.bases.add(self.gradient())
+        slope, curvature = self.bases.model(lr)
+        target = self.values() - slope / curvature
+        self.codes = nearest_codes(target, self.alpha)
+        self.alpha = refit(target, curvature * self.valid, self.signs(), self.active)
+        self.write()
+
+    def step_coordinates(self, lr: float) -> None:
+        """AMSGrad on the coordinates: their gradient is ``Bᵀ ∂L/∂ŵ``."""
+        self.coordinates.add((self.signs() * self.gradient()[..., None]).sum(1) * self.active)
+        slope, curvature = self.coordinates.model(lr)
+        self.alpha = self.alpha - slope / curvature
+        self.write()
+
+    def importance(self, lr: float) -> Tensor:
+        """Rise of the model's loss where a coordinate becomes 0: ``-g α + ½ h α²``."""
+        slope, curvature = self.coordinates.model(lr)
+        rise = -slope * self.alpha + 0.5 * curvature * self.alpha.square()
+        return rise.masked_fill(~self.active, torch.inf)
+
+    def drop(self, coordinates: Tensor) -> None:
+        self.active &= ~coordinates
+        self.alpha = self.alpha * self.active
+        self.write()
+
+
+class Place(NamedTuple):
+    """Where in the schedule a step is: the round, and whether coordinates are being trained."""
+
+    round: int
+    coordinates: bool
+
+
+class ALQ(Method):
+    """The run is ``rounds + 1`` equal parts, each two thirds steps of the bases and one third steps
+    of the coordinates; after each but the last, the least important share ``prune`` of all
+    coordinates is dropped. ``bits`` is the number of columns I that the float initial weights are
+    first resolved into, so full-precision training comes before (``init``). Groups are
+    ``group_size``'s weights; the paper's are at most an output row (-1). Norms and biases take the
+    config's optimizer.
+
+    ``weight_bits`` is the mean number of signs that a weight is left with, coordinates not counted.
+
+    Options: ``rounds``, ``prune``. Not implemented: the final phase with latent weights and
+    straight-through gradients; I by a tolerance of the residual; more than 4 columns (the paper
+    begins with 6 to 8). No packed format has free coordinates: saved as floats.
+    """
+
+    OPTIONS: ClassVar = {"rounds": 4, "prune": 0.2}
+
+    def prepare(self) -> Optimizer:
+        require(self.options["rounds"] >= 0, "methods", "option rounds of alq", "be at least 0",
+                self.options["rounds"])
+        require(0 <= self.options["prune"] < 1, "methods", "option prune of alq", "be in [0, 1)",
+                self.options["prune"])
+        layers: list[Any] = list(quantized_layers(self.model, self.config))
+        for _, bits in layers:
+            require(bits <= 4, "methods", "first_bits and last_bits", "be at most 4 for alq", bits)
+        self.layers = [MultiBit(layer.weight, bits, self.config.group_size)
+                       for layer, bits in layers]
+        self.place = Place(0, False)
+        self.lr = self.config.lr
+        own = {id(layer.weight) for layer in self.layers}
+        rest = [p for p in self.model.parameters() if id(p) not in own]
+        return make_optimizer([{"params": rest}], self.config)
+
+    def set_lr(self, lr: float) -> None:
+        super().set_lr(lr)
+        self.lr = lr
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        loss: Tensor = evaluate(closure)
+        with torch.no_grad():
+            self._enter(self._scheduled())
+            for layer in self.layers:
+                if self.place.coordinates:
+                    layer.step_coordinates(self.lr)
+                else:
+                    layer.step_bases(self.lr)
+        self.optimizer.step()
+        self.steps += 1
+        return loss
+
+    def _scheduled(self) -> Place:
+        parts = min(self.progress, 1.0) * (self.options["rounds"] + 1)
+        return Place(int(parts), parts % 1 >= 2 / 3)
+
+    def _enter(self, place: Place) -> None:
+        if place == self.place:
+            return
+        if place.round > self.place.round:
+            self.prune()
+        for layer in self.layers:
+            layer.reset()
+        self.place = place
+
+    def prune(self) -> None:
+        """Drop the least important coordinates over all layers."""
+        ranks = [layer.importance(self.lr) for layer in self.layers]
+        everything = torch.cat([rank.flatten() for rank in ranks])
+        count = int(self.options["prune"] * everything.isfinite().sum())
+        if count:
+            threshold = everything.kthvalue(count).values
+            for layer, rank in zip(self.layers, ranks, strict=True):
+                layer.drop(rank <= threshold)
+
+    @property
+    def weight_bits(self) -> float | None:
+        signs = sum((layer.active.sum(1) * layer.valid.sum(1)).sum().item() for layer in self.layers)
+        total = sum(layer.weight.numel() for layer in self.layers)
+        return signs / total if total else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "place": tuple(self.place), "layers": [
+            {"alpha": layer.alpha, "active": layer.active, "codes": layer.codes,
+             "bases": layer.bases.state_dict(), "coordinates": layer.coordinates.state_dict()}
+            for layer in self.layers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.place = Place(*state["place"])
+        for layer, saved in zip(self.layers, state["layers"], strict=True):
+            for name in ("alpha", "active", "codes"):
+                setattr(layer, name, saved[name].to(layer.weight.device))
+            layer.bases.load_state_dict(saved["bases"])
+            layer.coordinates.load_state_dict(saved["coordinates"])
