@@ -9,8 +9,8 @@ Writes NAME.json, NAME.png and NAME.svg into --out, and a folder for each traini
 same command goes on where it stopped: finished runs are kept, others go on from their last epoch.
 With --limit-minutes it stops by itself, and its exit status is 1 until all runs are finished.
 
-Budgets: quick (seconds; shows that the pieces work, measures nothing), short (about an hour on two
-cores), full (the paper's length). Learning rates are swept on training images that are held out;
+Budgets: quick (seconds; shows that the pieces work, measures nothing), brief (about 20 minutes of
+one core), short (about an hour of two), full (the paper's length). Learning rates are swept on training images that are held out;
 the test images decide nothing.
 """
 

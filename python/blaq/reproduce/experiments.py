@@ -18,7 +18,7 @@ from .theory import figure_1, theory
 
 __all__ = ["BUDGETS", "EXPERIMENTS", "Experiment", "Options", "Outcome"]
 
-BUDGETS = ("quick", "short", "full")
+BUDGETS = ("quick", "brief", "short", "full")
 
 
 @dataclass(frozen=True)

@@ -63,13 +63,15 @@ MLP = Study(
     (*_one_bit(98.81, 98.72, 98.69, 98.82, 99.11), *BACKTRACKS, *ROW_SCALES),
     {"quick": Plan(2, 2, (3e-3, 1e-2), 1, 60, ("fp", "bc", "laq", "laq-2x", "blaq"), QUICK, 40,
                    160),
+     "brief": Plan(3, 3, (3e-3, 1e-2, 3e-2), 2, 10_000,
+                   ("fp", "bc", "bwn", "laq", "laq-2x", "blaq"), {"width": 0.25}),
      "short": Plan(5, 3, (3e-3, 1e-2, 3e-2), 2, 10_000,
                    ("fp", "bc", "bwn", "laq", "laq-2x", "blaq"), {"width": 0.25}),
      "full": Plan(50, 5, (1e-3, 3e-3, 1e-2, 3e-2), 5)},
     _pair_claims(0.29, 0.30), (0.3, 0.5))
 """LAB's recipe: squared hinge loss, batch 100, 50 epochs, x 0.1 after 15 and 25. Differs: pixels
 are normalised by the training set's mean and deviation, where LAB subtracts each pixel's mean. The
-short budget has a quarter of the hidden width, 512."""
+brief and the short budget have a quarter of the hidden width, 512."""
 
 LENET = Study(
     "table4", "LeNet-5 on MNIST, 1 bit", "mnist",
@@ -78,7 +80,9 @@ LENET = Study(
      *BACKTRACKS, *ROW_SCALES, *TWO_BITS, *OTHERS),
     {"quick": Plan(2, 2, (3e-3, 1e-2), 1, 60, ("fp", "laq", "laq-2x", "blaq"),
                    {**QUICK, "width": 0.2}, 40, 160),
-     "short": Plan(3, 3, (3e-3, 1e-2, 3e-2), 2, 10_000,
+     "brief": Plan(2, 3, (3e-3, 1e-2, 3e-2), 2, 10_000,
+                   ("fp", "bwn", "laq", "laq-2x", "blaq", "blaq-a75", "blaq-a90")),
+     "short": Plan(5, 3, (3e-3, 1e-2, 3e-2), 2, 10_000,
                    ("fp", "bwn", "laq", "laq-2x", "blaq", "blaq-a75", "blaq-a90", "laq-rows",
                     "blaq-rows")),
      "full": Plan(100, 5, (1e-3, 3e-3, 1e-2, 3e-2), 10)},
