@@ -11,31 +11,11 @@
 // So every load of a weight is 16 bytes, a warp's are whole lines, and nothing is staged in shared memory.
 #pragma once
 
-#include "device.h"
+#include "number_types.h"
 
 namespace blaq {
 
 BLAQ_DEVICE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-struct Fp32 {
-  using Word = float;
-  using Sum = float;
-  static BLAQ_DEVICE float read(float x) { return x; }
-  static BLAQ_DEVICE float write(float x) { return x; }
-};
-struct Fp64 {
-  using Word = double;
-  using Sum = double;
-  static BLAQ_DEVICE double read(double x) { return x; }
-  static BLAQ_DEVICE double write(double x) { return x; }
-};
-template <typename Half>
-struct Narrow {
-  using Word = uint16_t;
-  using Sum = float;
-  static BLAQ_DEVICE float read(uint16_t x) { return Half::to_float(x); }
-  static BLAQ_DEVICE uint16_t write(float x) { return Half::from_float(x); }
-};
 
 // y[m, n] = (signs of x[m, k]) · (signs of the weight) · scale + bias.
 template <typename Type>
