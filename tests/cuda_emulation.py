@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLAGS = ("-std=c++20", "-O1", "-Wall", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique",
+FLAGS = ("-std=c++20", "-O0", "-Wall", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique",
          "-ffp-contract=off", "-Wno-unknown-pragmas",  # unroll is nvcc's
          "-U_FORTIFY_SOURCE")  # it would forbid to jump between stacks
 ORDERS = (0, 1, 7)  # of a block's threads: ascending, descending, shuffled

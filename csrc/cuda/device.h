@@ -18,7 +18,7 @@
 #define BLAQ_DEVICE __device__ __forceinline__
 #else
 #include "emulate.h"
-#define BLAQ_DEVICE __forceinline__
+#define BLAQ_DEVICE inline
 #endif
 
 namespace blaq {
@@ -72,6 +72,8 @@ BLAQ_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 
 struct Fp16 {
   static constexpr uint16_t kOne = 0x3c00;
+  static constexpr int kMantissa = 10;  // bits below the exponent's lowest
+  static constexpr float kSmallest = 0x1p-14f, kLargest = 65504;  // of the normal numbers
   static BLAQ_DEVICE float to_float(uint16_t x) {
 #if defined(__CUDACC__)
     float y;
@@ -94,6 +96,8 @@ struct Fp16 {
 
 struct Bf16 {
   static constexpr uint16_t kOne = 0x3f80;
+  static constexpr int kMantissa = 7;
+  static constexpr float kSmallest = 0x1p-126f, kLargest = 0x1.fep127f;
   static BLAQ_DEVICE float to_float(uint16_t x) { return bits_float(static_cast<uint32_t>(x) << 16); }
   static BLAQ_DEVICE uint16_t from_float(float x) {
 #if defined(__CUDACC__)

@@ -34,8 +34,9 @@
 #define __host__
 #define __constant__ static
 #define __shared__ static  // prefer blaq::shared<T>(), which every block finds poisoned
-#define __forceinline__ inline __attribute__((always_inline))
+#define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) alignas(n)
 
 struct dim3 {
@@ -344,6 +345,13 @@ using Stream = void*;
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, Stream, Arguments... arguments) {
   emulate::run(grid, [=] { kernel(arguments...); });
+}
+
+// As a launch that may begin before its predecessor has ended: here, like any other.
+template <typename... Parameters, typename... Arguments>
+void launch_after(void (*kernel)(Parameters...), const Grid& grid, Stream stream,
+                  Arguments... arguments) {
+  launch(kernel, grid, stream, arguments...);
 }
 
 template <typename T>

@@ -21,20 +21,51 @@ inline void check_cuda(cudaError_t status) {
   throw std::runtime_error(std::string("blaq: CUDA says: ") + cudaGetErrorString(status));
 }
 
-// Starts `kernel` and checks that it started. std::runtime_error where it did not.
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), const Grid& grid, Stream stream, Arguments... arguments) {
+namespace detail {
+
+template <typename... Parameters>
+void start(void (*kernel)(Parameters...), const Grid& grid, Stream stream, bool overlaps,
+           Parameters... arguments) {
   if (grid.shared > 48 << 10) {  // more than every architecture grants unasked
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(grid.shared)));
   }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid.blocks;
   config.blockDim = grid.threads;
   config.dynamicSmemBytes = grid.shared;
   config.stream = stream;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+  config.attrs = &attribute;
+  config.numAttrs = overlaps ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace detail
+
+inline int device_attribute(cudaDeviceAttr which) {  // of the current device
+  int device = 0, value = 0;
+  check_cuda(cudaGetDevice(&device));
+  check_cuda(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+// Starts `kernel` and checks that it started. std::runtime_error where it did not.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const Grid& grid, Stream stream, Arguments... arguments) {
+  detail::start<Parameters...>(kernel, grid, stream, false, static_cast<Parameters>(arguments)...);
+}
+
+// The same for a kernel that calls wait_for_dependencies: from sm_90 on it may begin before its
+// predecessor in the stream has ended.
+template <typename... Parameters, typename... Arguments>
+void launch_after(void (*kernel)(Parameters...), const Grid& grid, Stream stream,
+                  Arguments... arguments) {
+  const bool overlaps = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  detail::start<Parameters...>(kernel, grid, stream, overlaps, static_cast<Parameters>(arguments)...);
 }
 
 template <typename T>

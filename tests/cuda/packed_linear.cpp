@@ -1,0 +1,57 @@
+// repack and packed_linear, whole, as csrc/cuda/packed_linear.cu calls them; and the decoding of every word.
+#include "cuda/packed_linear_kernel.h"
+#include "cuda/repack_kernel.h"
+
+using namespace blaq;
+
+BLAQ_TEST_EXPORT const char* repack_planes(const uint8_t* planes, int64_t bits, int64_t n,
+                                           int64_t row_bytes, uint32_t* out) {
+  return emulate::message_of([&] {
+    emulate::machine.order = 0;
+    repack(planes, bits, n, row_bytes, out, nullptr);
+  });
+}
+
+BLAQ_TEST_EXPORT const char* linear(const uint16_t* x, int64_t x_stride, const uint4* weight,
+                                    const float* scale, const uint16_t* bias, uint16_t* out, int64_t m,
+                                    int64_t n, int64_t k, int64_t bits, int64_t scale_stride,
+                                    int64_t group_size, int64_t powers, const float* levels,
+                                    int64_t bf16, int64_t multiprocessors, int64_t order) {
+  return emulate::message_of([&] {
+    emulate::machine.order = order;
+    PackedLinear p = {};
+    p.x = x, p.weight = weight, p.scale = scale, p.bias = bias, p.out = out;
+    p.x_stride = x_stride, p.m = m, p.n = n, p.k = k;
+    p.scale_stride = scale_stride, p.group_size = group_size;
+    std::copy_n(levels, 1 << (bits - 1), p.level);
+    const auto run = bf16 ? packed_linear<Bf16> : packed_linear<Fp16>;
+    run(p, bits, powers, multiprocessors, nullptr);
+  });
+}
+
+template <int bits, typename Type, int pair = 0>
+void decode_pairs(const uint32_t* words, uint32_t* out) {
+  out[pair] = powers_of<bits, Type, pair>(words);
+  if constexpr (pair + 1 < Fragments<bits>::kPairs) decode_pairs<bits, Type, pair + 1>(words, out);
+}
+
+// A word's pairs by bit tricks, and the codes of their weights by code_of: [pairs], [pairs, 2].
+template <int bits, typename Type>
+void decode_words(const uint32_t* words, int64_t count, uint32_t* out, uint32_t* codes) {
+  using F = Fragments<bits>;
+  for (int64_t i = 0; i < count; ++i) {
+    decode_pairs<bits, Type>(words + i * F::kWords, out + i * F::kPairs);
+    for (int j = 0; j < 2 * F::kPairs; ++j) {
+      codes[i * 2 * F::kPairs + j] = code_of<bits>(words + i * F::kWords, j / 2, j % 2);
+    }
+  }
+}
+
+BLAQ_TEST_EXPORT const char* decode(int64_t bits, int64_t bf16, const uint32_t* words, int64_t count,
+                                    uint32_t* out, uint32_t* codes) {
+  if (bits == 1) (bf16 ? decode_words<1, Bf16> : decode_words<1, Fp16>)(words, count, out, codes);
+  if (bits == 2) (bf16 ? decode_words<2, Bf16> : decode_words<2, Fp16>)(words, count, out, codes);
+  if (bits == 3) (bf16 ? decode_words<3, Bf16> : decode_words<3, Fp16>)(words, count, out, codes);
+  if (bits == 4) (bf16 ? decode_words<4, Bf16> : decode_words<4, Fp16>)(words, count, out, codes);
+  return nullptr;
+}
