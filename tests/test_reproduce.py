@@ -162,3 +162,35 @@ def test_results_of_another_version_are_not_written_over(capsys, tmp_path, conte
     path.write_text(content)
     assert str(path) in fails(capsys, "reproduce", "theory", "--quick", "--out", tmp_path)
     assert path.read_text() == content
+
+
+# oscillation and curves
+
+
+def test_figure_5_takes_the_runs_of_table_4(capsys, tmp_path, mnist):
+    arguments = ["--quick", "--data-dir", mnist, "--out", tmp_path]
+    status, out, _ = call(capsys, "reproduce", "fig5", *arguments)
+    assert status == 0 and out.count("BLAQ's last training loss is below LAQ's") == 2
+    assert (tmp_path / "table4-quick" / "blaq-s0" / RECORD).exists()
+    rows = json.loads((tmp_path / "fig5.json").read_text())["content"]["rows"]
+    assert [row["row"] for row in rows] == ["laq", "laq-2x", "blaq"]
+
+
+def test_oscillation_is_measured_once_for_table_1_and_figures_2_and_3(capsys, tmp_path, mnist):
+    arguments = ["--quick", "--data-dir", mnist, "--out", tmp_path]
+    assert call(capsys, "reproduce", "table1", *arguments)[0] == 0
+    window = tmp_path / "oscillation-quick" / "blaq-4bit-s1" / "window.json"
+    written = window.stat().st_mtime_ns
+    for name in ("fig2", "fig3"):
+        assert call(capsys, "reproduce", name, *arguments)[0] == 0
+    assert window.stat().st_mtime_ns == written
+    content = json.loads((tmp_path / "table1.json").read_text())["content"]
+    assert len(content["rows"]) == 6 and len(content["runs"]) == 12
+    run = content["runs"][0]
+    assert len(run["traces"]) == 4 and {len(trace) for trace in run["traces"]} == {11}
+    assert all(max(trace) > min(trace) for trace in run["traces"])
+    assert sorted(run["amplitude_quantiles"]) == run["amplitude_quantiles"]
+    mean = sum(i * n for i, n in enumerate(run["frequency_histogram"])) / sum(
+        run["frequency_histogram"])
+    assert run["frequency"] == pytest.approx(mean)  # 10 steps: no weight is above the last bin
+    assert not (window.parent / "checkpoint.pt").exists()

@@ -157,6 +157,13 @@ class AmplitudeTracker:
         """Mean number of code changes of a weight in the window."""
         return self._mean(lambda low, high, changes: changes)
 
+    def per_weight(self) -> tuple[Tensor, Tensor]:
+        """Amplitude (float32) and code changes (int16) of every weight, flat, in the order of the
+        optimizer's parameters."""
+        seen = list(self._seen.values())
+        return (torch.cat([((high - low) / 2).flatten() for low, high, _, _ in seen]),
+                torch.cat([changes.flatten() for _, _, _, changes in seen]))
+
     def _mean(self, of: Callable[..., Tensor]) -> float:
         seen = [of(low, high, changes) for low, high, _, changes in self._seen.values()]
         total = sum(x.numel() for x in seen)

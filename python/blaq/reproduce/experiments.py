@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .._text import table
 from ..train import data as datasets
-from .plots import table_figure, theory_figure, toy_figure
-from .results import Claim, Spread
+from .oscillation import PLANS, oscillation_claims, run_oscillation
+from .plots import (
+    curves_figure,
+    spread_figure,
+    swing_figure,
+    table_figure,
+    theory_figure,
+    toy_figure,
+    traces_figure,
+)
+from .results import Claim, Spread, difference, spread, verdict
 from .study import Resources, Study, claims_of, run_study
 from .tables import STUDIES
 from .theory import figure_1, theory
@@ -93,6 +102,48 @@ def run_table(study: Study, options: Options) -> Outcome:
                    content["missing"], table_lines(content))
 
 
+def _figure_5(options: Options) -> Outcome:
+    """Fig. 5: training curves of LAQ and BLAQ. The paper's network and data are not known here:
+    these are Table 4's runs."""
+    study = STUDIES["table4"]
+    names = options.rows or ("laq", "blaq", "laq-2x")
+    outcome = run_table(study, replace(options, rows=names))
+    rows = [row for row in outcome.content["rows"] if row["row"] in names]
+    content = {**outcome.content, "rows": rows}
+    claims = [_lower_loss(rows, key, text) for key, text in (
+        ("laq", "as many epochs"), ("laq-2x", "as many gradient evaluations"))]
+    note = f"budget {options.budget}"
+    return Outcome(content, claims, curves_figure(content, note),
+                   [name for name in outcome.unfinished if name.rpartition("-")[0] in names],
+                   table_lines(content))
+
+
+def _lower_loss(rows: Sequence[Mapping[str, Any]], key: str, text: str) -> Claim:
+    losses = {row["row"]: {run["seed"]: run["history"][-1]["train_loss"] for run in row["runs"]}
+              for row in rows}
+    claim = f"BLAQ's last training loss is below LAQ's after {text}"
+    seeds = sorted(losses.get("blaq", {}).keys() & losses.get(key, {}).keys())
+    if not seeds:
+        return Claim(claim, "faster convergence", "nothing", "not measured")
+    laq, blaq = ([losses[name][seed] for seed in seeds] for name in (key, "blaq"))
+    return Claim(claim, "faster convergence", f"{spread(blaq).text(1, 4)} against "
+                 f"{spread(laq).text(1, 4)}, {len(seeds)} seeds", verdict(difference(laq, blaq)))
+
+
+def _oscillation(options: Options, names: Sequence[str], draw: Callable[..., Any]) -> Outcome:
+    plan = PLANS[options.budget]
+    data = datasets.load(plan.data, options.data_dir or None)
+    content = run_oscillation(plan, options.budget, data, options.out, workers=options.workers,
+                              deadline=options.deadline, device=options.device)
+    head = ("", "amplitude", "code changes", "Nagel frequency", "seeds")
+    lines = table([head, *((
+        f"{row['method'].upper()}, {row['bits']} bit", f"{row['amplitude']['mean']:.3g}",
+        f"{row['frequency']['mean']:.3g}", f"{row['nagel']['mean']:.3g}", str(row["seeds"]))
+        for row in content["rows"])], right=range(1, 5))
+    return Outcome(content, oscillation_claims(content, names), draw(content), content["missing"],
+                   lines)
+
+
 def table_lines(content: Mapping[str, Any]) -> list[str]:
     """A study's rows for the terminal."""
     head = ("", "paper", "here, % ± sd", "seeds", "lr", "epochs", "gradients", "seconds")
@@ -107,5 +158,12 @@ EXPERIMENTS = {
     "theory": Experiment("what theory says of LAQ and BLAQ, to rounding", _theory),
     **{name: Experiment(study.title, partial(run_table, study))
        for name, study in STUDIES.items()},
+    "table1": Experiment("amplitude and frequency of oscillation, LAQ and BLAQ", partial(
+        _oscillation, names=("amplitude", "frequency"), draw=swing_figure)),
+    "fig2": Experiment("latent weights over the steps of a window", partial(
+        _oscillation, names=("amplitude",), draw=traces_figure)),
+    "fig3": Experiment("amplitude and frequency over all weights", partial(
+        _oscillation, names=("frequency",), draw=spread_figure)),
+    "fig5": Experiment("training curves, LAQ and BLAQ", _figure_5),
     "fig1": Experiment("zig-zag of two weights between signs", _figure_1),
 }

@@ -11,8 +11,8 @@ import numpy as np
 from .._extras import import_extra
 from ..train.checkpoint import write_whole
 
-__all__ = ["COLOURS", "figure", "finish", "save", "table_figure", "theory_figure",
-           "toy_figure"]
+__all__ = ["COLOURS", "curves_figure", "figure", "finish", "save", "spread_figure",
+           "swing_figure", "table_figure", "theory_figure", "toy_figure", "traces_figure"]
 
 COLOURS = {"fp": "#4d4d4d", "laq": "#d55e00", "blaq": "#0072b2", "other": "#999999",
            "project": "#009e73"}
@@ -72,6 +72,96 @@ def table_figure(content: Mapping[str, Any], note: str) -> Any:
     axes.set_yticks(places, [f"{row['label']} ({row['evaluations']:,} gradients)" for row in rows])
     axes.set_ylim(-0.7, len(rows) - 0.3)
     finish(axes, f"{content['title']} ({note})", "test accuracy in %", "")
+    return made
+
+
+def curves_figure(content: Mapping[str, Any], note: str) -> Any:
+    """Fig. 5: training loss over epochs, and test error over gradient evaluations."""
+    made, (left, right) = figure(2)
+    styles = {"laq": ("LAQ", "-"), "blaq": ("BLAQ, a = 0.6", "-"),
+              "laq-2x": ("LAQ, twice the epochs", "--")}
+    for row in content["rows"]:
+        if row["row"] not in styles:
+            continue
+        label, line = styles[row["row"]]
+        colour = COLOURS[row["row"].partition("-")[0]]
+        histories = [run["history"] for run in row["runs"]]
+        for axes, x, y in ((left, "epoch", "train_loss"), (right, "evaluations", "test_accuracy")):
+            values = np.array([[item[y] for item in history] for history in histories])
+            values = 100 * (1 - values) if y == "test_accuracy" else values
+            places = [item[x] for item in histories[0]]
+            axes.fill_between(places, values.min(0), values.max(0), color=colour, alpha=0.15,
+                              linewidth=0)
+            axes.plot(places, values.mean(0), line, color=colour, marker="o", markersize=4,
+                      label=label)
+    left.set_yscale("log")
+    ticker = import_extra("matplotlib.ticker", "train")
+    left.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    left.yaxis.set_minor_formatter(ticker.NullFormatter())
+    left.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    finish(left, content["title"], "epoch", "training loss, mean over the epoch")
+    finish(right, f"{note}; band: least to most of the seeds", "gradient evaluations",
+           "test error in %")
+    return made
+
+
+def swing_figure(content: Mapping[str, Any]) -> Any:
+    """Table 1: amplitude and frequency of LAQ and BLAQ at each width."""
+    made, panels = figure(3, (3.9, 3.4))
+    kinds = ((panels[0], "amplitude", "amplitude of latent weights"),
+             (panels[1], "frequency", "code changes of a weight in the window"),
+             (panels[2], "nagel", "oscillation frequency (Nagel et al.)"))
+    for axes, name, label in kinds:
+        for offset, method in ((-0.2, "laq"), (0.2, "blaq")):
+            rows = [row for row in content["rows"] if row["method"] == method]
+            bars = axes.bar([(1, 2, 4).index(row["bits"]) + offset for row in rows],
+                            [row[name]["mean"] for row in rows], 0.38, color=COLOURS[method],
+                            yerr=[row[name]["sd"] or 0.0 for row in rows], capsize=3,
+                            label="LAQ" if method == "laq" else "BLAQ, a = 0.6")
+            axes.bar_label(bars, [f"{row[name]['mean']:.2g}" for row in rows], fontsize=7,
+                           padding=2)
+        axes.set_xticks([0, 1, 2], ["1", "2", "4"])
+        axes.margins(y=0.15)
+        finish(axes, label, "bits", "", legend=axes is panels[0])
+    return made
+
+
+def traces_figure(content: Mapping[str, Any]) -> Any:
+    """Fig. 2: the same latent weights under LAQ and BLAQ, in the window."""
+    made, panels = figure(3, (4.2, 3.4))
+    for axes, bits in zip(panels, (1, 2, 4), strict=True):
+        for method in ("laq", "blaq"):
+            runs = [run for run in content["runs"] if (run["method"], run["bits"]) ==
+                    (method, bits)]
+            for number, trace in enumerate(runs[0]["traces"] if runs else []):
+                axes.plot(trace, color=COLOURS[method], linewidth=1.0, alpha=0.9,
+                          label=None if number else method.upper())
+        axes.axhline(0, color="#888888", linewidth=0.6)
+        finish(axes, f"{bits} bit{'s' if bits > 1 else ''}", "step of the window",
+               "latent weight" if bits == 1 else "")
+    return made
+
+
+def spread_figure(content: Mapping[str, Any]) -> Any:
+    """Fig. 3: how amplitude and frequency are spread over the weights, by width."""
+    made, (left, right) = figure(2, (5.4, 3.8))
+    lines = {1: "-", 2: "--", 4: ":"}
+    for run in content["runs"]:
+        if run["seed"] != 0:
+            continue
+        label = f"{run['method'].upper()}, {run['bits']} bit{'s' if run['bits'] > 1 else ''}"
+        style = {"color": COLOURS[run["method"]], "linestyle": lines[run["bits"]], "label": label}
+        left.plot([100 * q for q in run["quantiles"]], run["amplitude_quantiles"], marker="o",
+                  markersize=3, **style)
+        counts = np.array(run["frequency_histogram"], dtype=float)
+        above = counts[::-1].cumsum()[::-1] / counts.sum()
+        right.plot(range(len(above)), np.where(above > 0, above, np.nan), **style)
+    left.set_yscale("log")
+    right.set_yscale("log")
+    finish(left, "Amplitude", "quantile of the weights in %", "(max - min) / 2 in the window")
+    finish(right, "Frequency", "code changes in the window, at least (20: or more)",
+           "share of the weights")
     return made
 
 

@@ -21,7 +21,7 @@ from .results import Claim, difference, spread, verdict
 from .runs import RECORD, Job, OutOfTime, Record, read_record, train_jobs
 
 __all__ = ["Comparison", "Plan", "Resources", "Row", "Study", "best_line", "claims_of",
-           "run_study", "summarise"]
+           "limited", "run_study", "summarise"]
 
 SWEEP_SEED = 1000
 """Of the sweep's runs: none of a study's own."""
@@ -156,7 +156,7 @@ def run_study(study: Study, budget: str, data: Data, using: Resources,
     """
     plan = study.plans[budget]
     chosen = [study.row(key) for key in only or plan.rows] or list(study.rows)
-    data = _limited(data, plan.images)
+    data = limited(data, plan.images)
     out = using.out / f"{study.name}-{budget}"
     try:
         rates = _sweep(study, plan, chosen, data, using, out)
@@ -169,7 +169,8 @@ def run_study(study: Study, budget: str, data: Data, using: Resources,
     return summarise(study, plan, out, using.device)
 
 
-def _limited(data: Data, images: int) -> Data:
+def limited(data: Data, images: int) -> Data:
+    """The first images of both splits, at most this many; 0: all."""
     def part(split: Split) -> Split:
         return replace(split, images=split.images[:images], labels=split.labels[:images])
 
@@ -189,7 +190,7 @@ def _sweep(study: Study, plan: Plan, rows: Sequence[Row], data: Data, using: Res
     if len(plan.rates) == 1:
         return dict.fromkeys((row.key for row in study.rows), plan.rates[0])
     rest, valid = held_out(data.train, plan.validation)
-    part = Data(_limited(Data(rest, valid), plan.sweep_images).train, valid)
+    part = Data(limited(Data(rest, valid), plan.sweep_images).train, valid)
     swept = [study.row(key) for key in dict.fromkeys(row.like or row.key for row in rows)]
     jobs = [Job(_sweep_name(row, lr), _swept(study, plan, row, lr, using.device), row.evaluations)
             for row in swept for lr in plan.rates]
