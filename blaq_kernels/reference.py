@@ -305,15 +305,21 @@ def repack(qweight: Tensor) -> Tensor:
     as many as bits (3 count as 4); the dword of a lane has 8 digits of 4 bits of its row, digit i of
     register p the codes of columns 4i + p + words · j, the first lowest. Rows past the last are it."""
     bits, n, row_bytes = qweight.shape
+    return _registers(unpack_codes(qweight, row_bytes * 8), bits).reshape(-1)
+
+
+def _registers(codes: Tensor, bits: int) -> Tensor:
+    """``[tiles of 16 rows, registers, 64]`` of codes ``[N, K]``: see :func:`repack`."""
     words = bits if bits <= 2 else 4
-    codes = torch.nn.functional.pad(unpack_codes(qweight, row_bytes * 8), (0, -8 * row_bytes % 32))
-    rows = torch.arange((n + 15) // 16 * 16, device=qweight.device).clamp(max=max(n - 1, 0))
-    tiles = codes[rows].long().reshape(-1, 16, codes.shape[1] // 32, 8, 4 // words, words)
-    term, digit = (torch.arange(count, device=qweight.device) for count in (4 // words, 8))
+    n, k = codes.shape
+    rows = torch.arange((n + 15) // 16 * 16, device=codes.device).clamp(max=max(n - 1, 0))
+    codes = torch.nn.functional.pad(codes, (0, -k % 32))[rows].long()
+    tiles = codes.reshape(len(rows) // 16, 16, codes.shape[1] // 32, 8, 4 // words, words)
+    term, digit = (torch.arange(count, device=codes.device) for count in (4 // words, 8))
     digits = (tiles << (term * words)[:, None]).sum(-2)
     dwords = (digits << (4 * digit)[:, None]).sum(-2).permute(0, 2, 3, 1)
-    byte = torch.arange(4, device=qweight.device)
-    return ((dwords[..., None] >> (8 * byte)) & 255).to(torch.uint8).reshape(-1)
+    byte = torch.arange(4, device=codes.device)
+    return ((dwords[..., None] >> (8 * byte)) & 255).to(torch.uint8).flatten(1, 2).flatten(2)
 
 
 def packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
@@ -341,31 +347,14 @@ def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
 
 def conv_repack(qweight: Tensor, in_features: int, taps: int, groups: int) -> Tensor:
     """Bit planes in the order that CPU kernels convolve by: ``[groups, N/groups/16, taps, registers,
-    64]``. A register has 16 rows, a dword each, whose bytes have two digits; it stands for 32 channels
-    of a plane (1 and 2 bits) or for 8 (3 and 4 bits, which have 4 bits each). Rows past the last are it.
-
-    - 1 and 2 bits: byte t has the signs of channels 4t to 4t + 3 in its bits 0, 1, 4 and 5, those of
-      channels 16 later in the bits 2 higher. Two bits are the sum of two signs: ``±high = a ± b`` and
-      ``±low = a - ±b``, so the second plane has the sign, flipped for the lower magnitude.
-    - 3 and 4 bits: byte j has the code of channel j in its lower half, of channel 4 + j in its upper.
-    """
+    64]``, the channels of a tap being the columns of :func:`repack`. Two bits are two registers of 1-bit
+    codes, for they are the sum of two signs: ``±high = a ± b`` and ``±low = a - (±b)``."""
     bits, n, _ = qweight.shape
-    n, channels = n // groups, in_features // taps
-    rows = torch.arange((n + 15) // 16 * 16, device=qweight.device).clamp(max=max(n - 1, 0))
-    codes = unpack_codes(qweight, in_features).reshape(groups, n, channels, taps)[:, rows].int()
-    sign = codes >> (bits - 1)
-    planes = [sign] if bits == 1 else [sign, sign ^ (~codes & 1)] if bits == 2 else [codes]
-    width = 32 if bits <= 2 else 8
-    x = torch.stack([torch.nn.functional.pad(plane, (0, 0, 0, -channels % 32)) for plane in planes])
-    x = x.reshape(len(planes), groups, len(rows) // 16, 16, x.shape[3] // width, width, taps)
-    x = x.permute(1, 2, 6, 0, 4, 3, 5)  # group, tile, tap, plane, word, row, channel
-    if bits <= 2:
-        at = torch.tensor([0, 1, 4, 5], dtype=torch.int32, device=qweight.device)
-        x = (x.unflatten(-1, (2, 4, 4)) << at).sum(-1)
-        x = x[..., 0, :] | x[..., 1, :] << 2
-    else:
-        x = x[..., :4] | x[..., 4:] << 4
-    return x.flatten(-2).flatten(3, 4).to(torch.uint8)
+    codes = unpack_codes(qweight, in_features).reshape(groups, n // groups, in_features // taps, taps)
+    planes = [codes] if bits != 2 else [codes >> 1, (codes >> 1) ^ (~codes & 1)]
+    return torch.stack([torch.stack([
+        torch.cat([_registers(plane[group, ..., tap], bits if bits > 2 else 1) for plane in planes], 1)
+        for tap in range(taps)], 1) for group in range(groups)])
 
 
 def signs(input: Tensor) -> Tensor:

@@ -18,24 +18,21 @@ void unpack_row(const Tensor& qweight, int64_t n, int64_t k, uint8_t* codes) {
   }
 }
 
-// Where a lane's dword has the sign of channel c of 32: four channels are a digit, whose bits lie apart
-// so that a byte's two digits need a mask and a shift by 2.
-constexpr int sign_at(int64_t c) { return static_cast<int>(c / 4 % 4 * 8 + c % 4 / 2 * 4 + c % 2 + c / 16 * 2); }
-
-// The dwords of one row: of output n % 16 in each register.
+// The dwords of one row: of output n % 16 in each register. Channels of a tap are in the order that
+// packed_int8.h has inputs in.
 void repack_row(const uint8_t* codes, int bits, int64_t channels, const ConvRepacked& layout,
                 uint32_t* out) {
   const int64_t words = padded(channels) / 32;
   for (int64_t tap = 0; tap < layout.taps; ++tap, out += layout.words * 16) {
     for (int64_t c = 0; c < channels; ++c) {
       const uint32_t code = codes[c * layout.taps + tap], sign = code >> (bits - 1);
-      uint32_t* word = out + c / 32 * 16;
       if (bits <= 2) {
-        word[0] |= sign << sign_at(c % 32);
-        // ±high = (high + low)/2 · ±1 + (high - low)/2 · ±1, and ±low has the other second sign.
-        if (bits == 2) word[words * 16] |= (sign ^ (~code & 1)) << sign_at(c % 32);
+        uint32_t* word = out + c / 32 * 16;
+        word[0] |= sign << c % 32;
+        // The second sign of a 2-bit weight is the other one where the magnitude is the lower.
+        if (bits == 2) word[words * 16] |= (sign ^ (~code & 1)) << c % 32;
       } else {
-        out[(c / 32 * 4 + c % 32 / 8) * 16] |= code << (c % 4 * 8 + c % 8 / 4 * 4);
+        out[(c / 32 * 4 + c % 4) * 16] |= code << c % 32 / 4 * 4;
       }
     }
   }

@@ -43,6 +43,7 @@ struct Call {
   ConvRepacked layout;
   int64_t words;     // of a group's channels
   int64_t segments;  // of a group
+  std::vector<float> scale, bias;  // of every output
 };
 
 // Lines of an image whose pixels are prepared: the thread's last few, kept in a ring.
@@ -57,6 +58,7 @@ class Band {
     const int64_t reach = (conv.kernel[0] - 1) * conv.dilation[0] + 1;
     lines_ = std::min(conv.height, (lines_of_tile - 1) * conv.stride[0] + reach);
     held_.assign(lines_, -1);
+    for (int64_t y = 0; y < conv.height; ++y) places_.push_back(y % lines_);
     const int64_t pixels = lines_ * conv.width + 1;
     thread_local Buffer data, units, corrections, line;
     data_ = reinterpret_cast<uint8_t*>(data.take(pixels * pixel_bytes() / 4));
@@ -81,7 +83,6 @@ class Band {
   }
 
   int64_t padding() const { return padding_; }
-  int64_t pixel(int64_t y, int64_t x) const { return y % lines_ * call_.conv.width + x; }
   bool bad(int64_t pixel) const { return bad_[pixel]; }
   const uint8_t* data(int64_t pixel, int64_t group) const {
     return data_ + pixel * pixel_bytes() + group * group_bytes_;
@@ -93,15 +94,15 @@ class Band {
     return corrections_ + pixel * pixel_segments() + group * group_segments_;
   }
 
-  // Makes line y of the image ready, unless it is.
-  void hold(int64_t image, int64_t y) {
+  // Makes line y of the image ready, unless it is. Returns its first pixel.
+  int64_t hold(int64_t image, int64_t y) {
     const Conv& conv = call_.conv;
-    int64_t& held = held_[y % lines_];
-    if (held == image * conv.height + y) return;
-    held = image * conv.height + y;
+    const int64_t place = places_[y], first = place * conv.width;
+    if (held_[place] == image * conv.height + y) return first;
+    held_[place] = image * conv.height + y;
     call_.tensors.load(image, y, 0, conv.width, line_);
     for (const int64_t x : columns_) {
-      const int64_t at = pixel(y, x);
+      const int64_t at = first + x;
       bad_[at] = false;
       for (int64_t group = 0; group < conv.groups; ++group) {
         for (int64_t s = 0; s < group_segments_; ++s) {
@@ -115,6 +116,7 @@ class Band {
         }
       }
     }
+    return first;
   }
 
  private:
@@ -125,9 +127,10 @@ class Band {
   const Way& way_;
   const int64_t group_bytes_, group_segments_;
   int64_t lines_, padding_, floats_;
-  std::vector<int64_t> held_;  // image and line, by place in the ring
+  std::vector<int64_t> places_;   // in the ring, by line
+  std::vector<int64_t> held_;     // image and line, by place in the ring
   std::vector<int64_t> columns_;  // that a tap ever reads
-  std::vector<bool> bad_;
+  std::vector<uint8_t> bad_;
   uint8_t* data_;
   float *units_, *line_;
   int32_t* corrections_;
@@ -180,6 +183,8 @@ class Tile {
  public:
   Tile(const Call& call, const Way& way, Band<Way>& band) : call_(call), way_(way), band_(band) {
     taps_.reserve(call.conv.taps());
+    pixels_.resize(call.conv.taps() * kPlaces);
+    indices_.resize(call.conv.taps());
   }
 
   // Places [place, place + count) of an image, tiles [begin, end) of 16 outputs of every group.
@@ -207,22 +212,29 @@ class Tile {
   // The pixels under every tap, but for taps that lie in the padding for all places.
   void find(int64_t image, int64_t place, int count) {
     const Conv& conv = call_.conv;
+    int64_t top[kPlaces], left[kPlaces];
+    for (int r = 0; r < count; ++r) {
+      top[r] = (place + r) / conv.out_width * conv.stride[0] - conv.padding[0];
+      left[r] = (place + r) % conv.out_width * conv.stride[1] - conv.padding[1];
+      bad_[r] = false;
+    }
     live_ = 0;
-    pixels_.resize(conv.taps() * kPlaces);
-    indices_.resize(conv.taps());
-    std::fill_n(bad_, kPlaces, false);
     for (int64_t i = 0, tap = 0; i < conv.kernel[0]; ++i) {
+      int64_t line[kPlaces];
+      for (int r = 0; r < count; ++r) {
+        const int64_t y = top[r] + i * conv.dilation[0];
+        const bool inside = y >= 0 && y < conv.height;
+        line[r] = inside ? band_.hold(image, y) : -1;
+      }
       for (int64_t j = 0; j < conv.kernel[1]; ++j, ++tap) {
         int64_t* pixels = pixels_.data() + live_ * kPlaces;
         bool any = false;
         for (int r = 0; r < count; ++r) {
-          const int64_t y = (place + r) / conv.out_width * conv.stride[0] - conv.padding[0] + i * conv.dilation[0];
-          const int64_t x = (place + r) % conv.out_width * conv.stride[1] - conv.padding[1] + j * conv.dilation[1];
-          const bool inside = y >= 0 && y < conv.height && x >= 0 && x < conv.width;
-          if (inside) band_.hold(image, y);
-          pixels[r] = inside ? band_.pixel(y, x) : band_.padding();
+          const int64_t x = left[r] + j * conv.dilation[1];
+          const bool inside = line[r] >= 0 && x >= 0 && x < conv.width;
+          pixels[r] = inside ? line[r] + x : band_.padding();
           any |= inside;
-          bad_[r] |= inside && band_.bad(pixels[r]);
+          bad_[r] |= band_.bad(pixels[r]);
         }
         if (any) indices_[live_++] = tap;
       }
@@ -256,28 +268,21 @@ class Tile {
     }
   }
 
-  // Totals [count][stride] become results [count][width].
+  // Totals [count][stride] become results [count][width]; those past width are never read.
   void finish(int64_t output, int count, int64_t width, int64_t stride, float* results) const {
-    const PackedMatrix& weight = call_.weight;
-    for (int r = 0; r < count; ++r) {
-      const float* from = results + r * stride;
-      float* to = results + r * width;
-      const float* scale = weight.scale + (weight.group_size == 0 ? 0 : output);
-      if (weight.group_size == 0) {
-        const float all = rounded(*scale, weight.round_scale);
-        for (int64_t i = 0; i < width; ++i) to[i] = from[i] * all;
-      } else {
-        for (int64_t i = 0; i < width; ++i) to[i] = from[i] * rounded(scale[i], weight.round_scale);
+    const __m512 least = _mm512_set1_ps(call_.relu ? 0 : -INFINITY);
+    for (int64_t i = 0; i < width; i += 16) {
+      const __m512 scale = _mm512_loadu_ps(call_.scale.data() + output + i);
+      const __m512 bias = _mm512_loadu_ps(call_.bias.data() + output + i);
+      for (int r = 0; r < count; ++r) {
+        float* x = results + r * stride + i;
+        const __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_load_ps(x), scale), bias);
+        _mm512_store_ps(x, _mm512_max_ps(least, y));  // y where it is no number
       }
-      if (weight.bias) {
-        for (int64_t i = 0; i < width; ++i) to[i] += weight.bias[output + i];
-      }
-      rectify(to, width);
     }
-  }
-
-  void rectify(float* x, int64_t count) const {
-    for (int64_t i = 0; call_.relu && i < count; ++i) x[i] = x[i] < 0 ? 0 : x[i];  // NaN stays
+    for (int r = 1; width < stride && r < count; ++r) {
+      std::memmove(results + r * width, results + r * stride, width * sizeof(float));
+    }
   }
 
   // A place that a pixel without a unit reaches: in float.
@@ -294,7 +299,7 @@ class Tile {
       for (int64_t c = 0; c < channels; ++c) row[c * taps + tap] = pixel[group * call_.words * 32 + c];
     }
     multiply_rows(call_.weight, {row.data(), stride, 1, output, output + width, result, width});
-    rectify(result, width);
+    for (int64_t i = 0; call_.relu && i < width; ++i) result[i] = result[i] < 0 ? 0 : result[i];
   }
 
   const Call& call_;
@@ -351,9 +356,15 @@ namespace blaq {
 void convolve_int8(const PackedMatrix& weight, const uint8_t* repacked, Accuracy accuracy,
                    const Conv& conv, bool relu, const ConvTensors& tensors) {
   const int64_t words = padded(conv.group_channels()) / 32;
-  const Call call{weight, repacked, conv, relu, tensors,
-                  ConvRepacked(weight.bits, weight.n, weight.k, conv.taps(), conv.groups), words,
-                  (words + kSegmentWords - 1) / kSegmentWords};
+  Call call{weight, repacked, conv, relu, tensors,
+            ConvRepacked(weight.bits, weight.n, weight.k, conv.taps(), conv.groups), words,
+            (words + kSegmentWords - 1) / kSegmentWords, {}, {}};
+  call.scale.resize(weight.n + 15);  // a register more than there are
+  call.bias.resize(weight.n + 15);
+  for (int64_t i = 0; i < weight.n; ++i) {
+    call.scale[i] = rounded(weight.scale[weight.group_size == 0 ? 0 : i], weight.round_scale);
+    if (weight.bias) call.bias[i] = weight.bias[i];
+  }
   const bool high = accuracy == Accuracy::high;
   if (weight.bits <= 2) {
     high ? run<TableWay<2>>(call) : run<TableWay<1>>(call);

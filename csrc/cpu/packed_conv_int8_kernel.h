@@ -15,21 +15,18 @@ inline bool unit_of(float most, float limit, float* unit, float* inverse) {
   return zero || (most >= kLeast && most <= __FLT_MAX__ / 2);
 }
 
-inline __m512i round16(const float* x, __m512 inverse) {
-  return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), inverse));
-}
-
-// 1 and 2 bits: the 16 signed sums of each four channels. A register has four tables, 16 bytes of the
-// weight's dwords each: entry e of table t is byte 16 (e / 4) + 4 t + e % 4, where packing leaves it.
+// 1 and 2 bits: tables of all sums that four channels can make, of signs alone. A 2-bit weight is the sum
+// of two signs with coefficients: ±high = a ± b, ±low = a - (±b).
 template <int DIGITS>
 struct TableWay {
   static constexpr int kChannelBytes = 4 * DIGITS, kVectors = 4 / DIGITS;
-  // The sums in 16 bits; for one digit their high byte is rounded to, which must stay below 128.
-  static constexpr float kLimit = DIGITS == 1 ? 32600.0f : 32760.0f;
+  static constexpr float kLimit = DIGITS == 1 ? 127.0f : 32700.0f;
   int planes;
   float coefficient[2];
+  Coefficients signs;
 
-  explicit TableWay(const PackedMatrix& weight) : planes(weight.bits) {
+  explicit TableWay(const PackedMatrix& weight)
+      : planes(weight.bits), signs(std::array{1.0f, -1.0f}.data(), 1) {
     const float low = weight.levels[0], high = weight.levels[planes - 1];
     coefficient[0] = planes == 1 ? low : (high + low) / 2;
     coefficient[1] = (high - low) / 2;
@@ -38,41 +35,15 @@ struct TableWay {
   bool prepare(const float* x, int words, uint8_t* out, float* unit, int32_t* correction) const {
     float inverse;
     if (!unit_of(largest_sum<1>(x, words * 32), kLimit, unit, &inverse)) return false;
-    if (DIGITS == 1) *unit *= 256;
+    build_tables<1, DIGITS>(x, words, inverse, signs, out);
     *correction = 0;
-    // An entry's bit j is the sign of channel j.
-    alignas(64) static constexpr auto kSigns = [] {
-      std::array<int16_t, 64> signs{};
-      for (int e = 0; e < 16; ++e)
-        for (int j = 0; j < 4; ++j) signs[j / 2 * 32 + 2 * e + j % 2] = e >> j & 1 ? -1 : 1;
-      return signs;
-    }();
-    const __m512i first = _mm512_load_si512(kSigns.data());
-    const __m512i last = _mm512_load_si512(kSigns.data() + 32);
-    const __m512i half = _mm512_set1_epi32(DIGITS == 1 ? 128 : 0), low = _mm512_set1_epi16(255);
-    const __m512 scale = _mm512_set1_ps(inverse);
-    alignas(32) uint8_t q[32];
-    for (int i = 0; i < 2 * words; ++i, x += 16, out += 64 * DIGITS) {
-      _mm256_store_si256((__m256i*)q, _mm512_cvtepi32_epi16(round16(x, scale)));
-      __m512i sum[4];
-      each<4>([&](auto t) __attribute__((always_inline)) {
-        sum[t] = _mm512_dpwssd_epi32(half, four_bytes(q + 8 * t), first);
-        sum[t] = _mm512_dpwssd_epi32(sum[t], four_bytes(q + 8 * t + 4), last);
-      });
-      const __m512i a = _mm512_packs_epi32(sum[0], sum[1]), b = _mm512_packs_epi32(sum[2], sum[3]);
-      _mm512_store_si512(out, _mm512_packs_epi16(_mm512_srai_epi16(a, 8), _mm512_srai_epi16(b, 8)));
-      if (DIGITS == 2) {
-        _mm512_store_si512(
-            out + 64, _mm512_packus_epi16(_mm512_and_si512(a, low), _mm512_and_si512(b, low)));
-      }
-    }
     return true;
   }
 
   template <int MR, int NV>
   [[gnu::always_inline]] void add(const uint8_t* weights, int64_t step, const uint8_t* const* pixels,
                                   int words, const int32_t*, __m512i (&sums)[MR][NV]) const {
-    const __m512i digit = _mm512_set1_epi8(0x33), table = _mm512_set1_epi32(0x0C080400);
+    const __m512i digit = _mm512_set1_epi8(15), quarter = _mm512_set1_epi32(0x30201000);
     const __m512i ones = _mm512_set1_epi8(1);
     __m512i low[DIGITS == 2 ? MR : 1][NV];
     each<MR * NV>([&](auto i) __attribute__((always_inline)) {
@@ -84,8 +55,8 @@ struct TableWay {
         __m512i index[NV];
         each<NV>([&](auto v) __attribute__((always_inline)) {
           __m512i digits = _mm512_load_si512(weights + v * step);
-          if (half) digits = _mm512_srli_epi32(digits, 2);
-          index[v] = _mm512_ternarylogic_epi32(digits, digit, table, 0xEA);  // (digits & digit) | table
+          if (half) digits = _mm512_srli_epi32(digits, 4);
+          index[v] = _mm512_ternarylogic_epi32(digits, digit, quarter, 0xEA);  // (digits & digit) | quarter
           settle(index[v]);
         });
         each<MR>([&](auto r) __attribute__((always_inline)) {
@@ -132,21 +103,12 @@ struct LevelWay {
     float inverse;
     if (!unit_of(largest(x, words * 32), kLimit, unit, &inverse)) return false;
     *unit *= WIDE ? levels.wide_unit : levels.unit;
-    const __m512 scale = _mm512_set1_ps(inverse);
-    // Of eight channels those two apart side by side, as shifts of a register have their digits.
-    const __m256i pairs = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-    __m512i total = _mm512_setzero_si512();
-    for (int i = 0; i < 2 * words; ++i, x += 16, out += 16 * kChannelBytes) {
-      const __m512i q = round16(x, scale);
-      if (WIDE) {
-        _mm256_store_si256((__m256i*)out, _mm256_shuffle_epi8(_mm512_cvtepi32_epi16(q), pairs));
-      } else {
-        total = _mm512_add_epi32(total, q);
-        _mm_store_si128((__m128i*)out, _mm512_cvtepi32_epi8(q));
-      }
+    if constexpr (WIDE) {
+      quantize16(x, words, inverse, out);
+      *correction = 0;
+    } else {
+      *correction = 128 * quantize8(x, words, inverse, out);
     }
-    *correction = 128 * _mm512_reduce_add_epi32(total);
     return true;
   }
 
@@ -159,26 +121,29 @@ struct LevelWay {
     each<MR * NV>([&](auto i) __attribute__((always_inline)) {
       sums[i / NV][i % NV] = _mm512_set1_epi32(-correction[i / NV]);
     });
-    for (int64_t eight = 0; eight < 4 * words; ++eight, weights += 64) {
-      each<(WIDE ? 4 : 2)>([&](auto shift) __attribute__((always_inline)) {
-        __m512i value[NV];
-        each<NV>([&](auto v) __attribute__((always_inline)) {
-          __m512i digits = _mm512_load_si512(weights + v * step);
-          if (WIDE) {  // the table is there twice: bit 4, of another digit, does not matter
-            if (shift) digits = _mm512_srli_epi16(digits, 4 * shift);
-            value[v] = _mm512_permutexvar_epi16(digits, level);
-          } else {
-            if (shift) digits = _mm512_srli_epi32(digits, 4);
-            value[v] = _mm512_shuffle_epi8(level, _mm512_and_si512(digits, low));
-          }
-          settle(value[v]);
-        });
-        each<MR>([&](auto r) __attribute__((always_inline)) {
-          const __m512i x = four_bytes(pixels[r] + eight * 8 * kChannelBytes + shift * 4);
+    for (int64_t w = 0; w < words; ++w, weights += 256) {
+      each<4>([&](auto p) __attribute__((always_inline)) {
+        each<(WIDE ? 4 : 2)>([&](auto shift) __attribute__((always_inline)) {
+          __m512i value[NV];
           each<NV>([&](auto v) __attribute__((always_inline)) {
-            __m512i& sum = sums[r][v];
-            sum = WIDE ? _mm512_dpwssd_epi32(sum, value[v], x) : _mm512_dpbusd_epi32(sum, value[v], x);
-            settle(sum);
+            __m512i digits = _mm512_load_si512(weights + v * step + p * 64);
+            if (WIDE) {  // the table is there twice: bit 4, of another digit, does not matter
+              if (shift) digits = _mm512_srli_epi16(digits, 4 * shift);
+              value[v] = _mm512_permutexvar_epi16(digits, level);
+            } else {
+              if (shift) digits = _mm512_srli_epi32(digits, 4);
+              value[v] = _mm512_shuffle_epi8(level, _mm512_and_si512(digits, low));
+            }
+            settle(value[v]);
+          });
+          const int64_t at = w * 32 * kChannelBytes + 4 * (WIDE ? 4 * shift + p : 2 * p + shift);
+          each<MR>([&](auto r) __attribute__((always_inline)) {
+            const __m512i x = four_bytes(pixels[r] + at);
+            each<NV>([&](auto v) __attribute__((always_inline)) {
+              __m512i& sum = sums[r][v];
+              sum = WIDE ? _mm512_dpwssd_epi32(sum, value[v], x) : _mm512_dpbusd_epi32(sum, value[v], x);
+              settle(sum);
+            });
           });
         });
       });
