@@ -58,6 +58,22 @@ METHODS = {
     "bwn": Entry("binary.BWN", (1,), ("binary",)),
     "twn": Entry("ternary.TWN", (2,), ("ternary",)),
     "twn-exact": Entry("ternary.ExactTWN", (2,), ("ternary",)),
+    "lq-net": Entry("lq_net.LQNet", (2, 1, 3, 4)),
+    "qil": Entry("qil.QIL", (2, 3, 4)),
+    "dsq": Entry("dsq.DSQ", ALL),
+    "dsq-learned": Entry("dsq.LearnedDSQ", ALL),
+    "octav": Entry("octav.OCTAV", (4, 2, 3)),
+    "trq": Entry("trq.TRQ", (2,)),
+    "lr-net": Entry("lr_net.LRNet", (2, 1)),
+    "paretoq": Entry("paretoq.ParetoQ", (2, 1, 3, 4)),
+    "paretoq-ternary": Entry("paretoq.Ternary", (2,)),
+    "lsq": Entry("lsq.LSQ", (4, 2, 3)),
+    "ewgs": Entry("ewgs.EWGS", (4, 2, 3)),
+    "lotion": Entry("lotion.LOTION", (4, 2, 3)),
+    "noise-tempering": Entry("tempering.NoiseTempering", (4, 2, 3)),
+    "saq": Entry("saq.SAQ", (4, 2, 3)),
+    "lsq-dampened": Entry("oscillation.Dampened", (4, 2, 3)),
+    "lsq-frozen": Entry("oscillation.Frozen", (4, 2, 3)),
 }
 """Every method. The bits of a ternary one are 2: what a packed weight takes."""
 

@@ -40,14 +40,21 @@ class Method:
     OPTIONS: ClassVar[Mapping[str, Any]] = {}
     """What ``TrainConfig.options`` may set, with defaults, whose types are the options'."""
 
-    activation: ClassVar[type[nn.Module] | None] = None
-    """What quantizes the layers' inputs, where the config asks for it."""
+    LEAST: ClassVar[Mapping[str, float]] = {}
+    """Least value of the options that have one."""
+
+    activation: ClassVar[Callable[..., nn.Module] | None] = None
+    """Makes a quantizer of inputs from ``activation_bits``, config and options. It stands in front
+    of every quantized layer but the network's first, whose inputs are 8-bit pixels as they are."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, steps_per_epoch: int) -> None:
         require(not config.activation_bits or self.activation is not None, "methods",
                 "activation_bits", f"be 0 for {config.method}", config.activation_bits)
         self.model, self.config, self.steps_per_epoch = model, config, steps_per_epoch
         self.options = read_options(config.method, config.options, self.OPTIONS)
+        for name, least in self.LEAST.items():
+            require(self.options[name] >= least, "methods", f"option {name} of {config.method}",
+                    f"be at least {least}", self.options[name])
         self.steps = 0
         self.optimizer: Optimizer = self.prepare()
 

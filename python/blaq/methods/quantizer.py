@@ -15,19 +15,18 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from blaq_kernels.reference import SCALE_TINY
-from blaq_kernels.schemas import require
 
 from ..codebook import levels_for
 from ..encoding import recover_scale
 from ..functional import fake_quantize
+from ..param_groups import QUANTIZABLE
 from ..quantization import Quantization, record
 from .method import Method, clip_, make_optimizer, quantized_layers
 
 if TYPE_CHECKING:
     from ..train.config import TrainConfig
 
-__all__ = ["ActivationQuantizer", "QuantizerMethod", "WeightQuantizer", "eight_bit",
-           "straight_through"]
+__all__ = ["QuantizerMethod", "WeightQuantizer", "eight_bit", "straight_through"]
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -87,21 +86,6 @@ class WeightQuantizer(nn.Module):
         """After an epoch's last step, without gradients."""
 
 
-class ActivationQuantizer(nn.Module):
-    """A layer's input to its quantized input, with the method's own backward.
-
-    Args:
-        bits: ``TrainConfig.activation_bits``.
-        config, options: as :class:`WeightQuantizer` has them.
-    """
-
-    def __init__(self, bits: int, config: TrainConfig, options: Mapping[str, Any]) -> None:
-        super().__init__()
-
-    def forward(self, input: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
 def eight_bit(latent: Tensor) -> Tensor:
     """Nearest value of the uniform 8-bit grid up to the largest weight."""
     scale = latent.detach().abs().amax().clamp_min(SCALE_TINY).reshape(1)
@@ -118,7 +102,8 @@ class EightBit(WeightQuantizer):
 class QuantizerMethod(Method):
     """Trains latent weights through a :class:`WeightQuantizer` in each quantized layer."""
 
-    quantizer: ClassVar[type[WeightQuantizer]]
+    quantizer: ClassVar[Callable[..., WeightQuantizer]]
+    """Class of the weights' quantizers, or a function of its arguments."""
     clips: ClassVar[bool] = False
     """Whether latent weights stay in [-config.clip, config.clip]."""
     quantizer_lr: ClassVar[float] = 1.0
@@ -127,12 +112,13 @@ class QuantizerMethod(Method):
     def prepare(self) -> Optimizer:
         config = self.config
         self.layers: list[tuple[nn.Module, WeightQuantizer, Tensor]] = []
+        first = next((m for m in self.model.modules() if isinstance(m, QUANTIZABLE)), None)
         for layer, bits in quantized_layers(self.model, config):
             weight: Any = layer.weight
             kind = EightBit if bits == 8 else self.quantizer
             quantizer = kind(weight.detach(), bits, config, self.options).to(weight.device)
             parametrize.register_parametrization(layer, "weight", quantizer)
-            if config.activation_bits and self.activation is not None:
+            if config.activation_bits and self.activation is not None and layer is not first:
                 layer.input_quantizer = self.activation(
                     config.activation_bits, config, self.options).to(weight.device)
                 layer.register_forward_pre_hook(_quantize_input)
@@ -141,8 +127,7 @@ class QuantizerMethod(Method):
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups: what is trained as ever, and the quantizers' own."""
-        modules = [m for m in self.model.modules()
-                   if isinstance(m, WeightQuantizer | ActivationQuantizer)]
+        modules = [m for m in self.model.modules() if isinstance(m, WeightQuantizer)]
         learned = list(dict.fromkeys(p for m in modules for p in m.parameters()))
         rest = [p for p in self.model.parameters() if all(p is not q for q in learned)]
         groups: list[dict[str, Any]] = [{"params": rest}]
@@ -190,7 +175,8 @@ class QuantizerMethod(Method):
         for layer, quantizer, _ in self.layers:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
             weight: Any = layer.weight
-            if quantizer.levels is not None:
+            # A packed file has no place for what quantizes inputs: such a network stays float.
+            if quantizer.levels is not None and not self.config.activation_bits:
                 scale = recover_scale(weight, quantizer.levels, quantizer.group_size)
                 record(weight, Quantization(quantizer.levels, quantizer.group_size, scale))
         return self.model
