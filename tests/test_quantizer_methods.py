@@ -17,7 +17,7 @@ from blaq.methods.saq import SAQ
 from blaq.methods.tempering import TemperedStep
 from blaq.train import data as datasets
 from blaq.train.config import TrainConfig
-from blaq.train.loop import train
+from blaq.train.loop import evaluate, train
 
 LATENT = torch.tensor([[0.9, -0.35, 0.1], [-2.0, 0.6, -0.05]])
 
@@ -112,6 +112,17 @@ def test_tempered_noise_decays_and_has_the_size_of_the_error():
         assert (largest <= scale * error * (1 + 1e-4) + 1e-7).all()
         assert (largest >= 0.97 * scale * error - 1e-7).all()
         assert (noise.mean(0).abs() <= 5 * scale * error / math.sqrt(3 * 3000) + 1e-7).all()
+
+
+def test_progress_reaches_the_quantizers_of_inputs():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    run = config("noise-tempering", activation_bits=3, epochs=2)
+    method = make_method(model, run, steps_per_epoch=1)
+    levels = []
+    for _ in range(2):
+        method.step(lambda: model(torch.ones(2, 4)).sum())
+        levels.append([m.noise() for m in model.modules() if isinstance(m, TemperedStep)])
+    assert levels == [[1.0] * 3, [math.exp(-3.0)] * 3]
 
 
 def test_tempered_delta_s_hypergradient():
@@ -337,6 +348,7 @@ def test_options_are_read(method):
     ({"method": "lotion", "optimizer": "sgd"}, "optimizer must be adamw, .* for lotion, got 'sgd'"),
     ({"method": "saq", "options": "rho=nan"}, "option rho of saq must be at least 0, got nan"),
     ({"method": "lsq-frozen", "options": "momentum=0"}, r"option momentum .* must be in \(0, 1\]"),
+    ({"method": "lsq", "group_size": -1}, "group_size must not be given for lsq, .* got -1"),
     ({"method": "trq", "activation_bits": 2}, "activation_bits must be 0 for trq, got 2"),
     ({"method": "lsq", "bits": 1}, "bits must be 2 or 3 or 4 for lsq, got 1"),
     ({"method": "lr-net", "bits": 3}, "bits must be 1 or 2 for lr-net, got 3"),
@@ -345,6 +357,34 @@ def test_options_are_read(method):
 def test_fields_without_a_meaning(fields, message):
     with pytest.raises(ValueError, match=f"blaq.methods: {message}"):
         make_method(nn.Sequential(nn.Linear(4, 8)), TrainConfig(**fields), 1)
+
+
+@pytest.mark.parametrize("name", ["lsq", "lq-net", "qil", "dsq", "dsq-learned", "octav", "ewgs",
+                                  "noise-tempering", "lr-net", "saq"])
+def test_autocast(name):
+    """Inputs in bfloat16 are quantized in float32, and handed on in bfloat16."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    bits = {} if name == "lr-net" else {"activation_bits": 2}
+    method = make_method(model, config(name, bits=2, **bits), steps_per_epoch=2)
+    x, y = torch.randn(20, 4), torch.arange(20) % 3
+    seen = []
+    model[2].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+
+    def closure():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    losses = [method.step(closure).item() for _ in range(4)]
+    assert all(map(math.isfinite, losses)) and all(p.isfinite().all() for p in model.parameters())
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert all(values.dtype == torch.bfloat16 for values in seen)
+    assert name == "lr-net" or len(seen[-1].unique()) <= 4
 
 
 RUNS = {
@@ -383,6 +423,7 @@ def test_two_epochs(tmp_path, data, name):
     model, _, history = train(run, tmp_path / "whole", data=data)
     assert history[1]["train_loss"] < history[0]["train_loss"]
     assert history[1]["test_accuracy"] > 0.2
+    assert evaluate(model, data.test)[1] == history[1]["test_accuracy"]
 
     def on_batch(*at):
         if at[:2] == (2, 3):

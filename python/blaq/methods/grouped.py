@@ -67,6 +67,9 @@ class GroupQuantizer(WeightQuantizer):
         widths, what = ((self.widths, "weights") if self.signed else (self.input_widths, "inputs"))
         require(bits in widths, type(self).__name__, "bits",
                 f"be {' or '.join(map(str, widths)) or '0'} for {what}", repr(bits))
+        if config is not None:
+            require(config.group_size in (0, self.group_size), "methods", "group_size",
+                    f"not be given for {config.method}, which has its own", config.group_size)
         self.bits, self.options = bits, options
         self._groups = 1
         if latent is not None:
@@ -102,8 +105,9 @@ class GroupQuantizer(WeightQuantizer):
         return to_groups(values, self.group_size if self.signed else 0)
 
     def forward(self, latent: Tensor) -> Tensor:
+        wide = latent.float() if latent.dtype in (torch.bfloat16, torch.float16) else latent
         if self.training and not self.ready:
-            self.started(latent)
+            self.started(wide)
         size = self.group_size if self.signed else 0
-        value = from_groups(self.quantize(self._grouped(latent)), latent.shape, size)
-        return value if self.probe is None else self.probe(value)
+        value = from_groups(self.quantize(self._grouped(wide)), latent.shape, size)
+        return (value if self.probe is None else self.probe(value)).to(latent.dtype)

@@ -9,7 +9,7 @@ that first clip, a constant, where the paper has values in [-1, 1]: batch norm b
 makes both the same function, and networks without it can be trained.
 
 Not implemented: progressive narrowing (32 → 5 → 4 → 3 → 2 bits), which the paper needs at 2 bits:
-train a run for each width, each starting from the last with ``init``.
+train a run for each width, each from the weights that the last one ships, with ``init``.
 """
 
 from __future__ import annotations

@@ -136,8 +136,9 @@ class QuantizerMethod(Method):
         return groups
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
-        for _, quantizer, _ in self.layers:
-            quantizer.progress = self.progress
+        for module in self.model.modules():  # quantizers of inputs too
+            if isinstance(module, WeightQuantizer):
+                module.progress = self.progress
         return super().step(closure)
 
     def penalty(self) -> Tensor | None:
