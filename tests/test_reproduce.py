@@ -1,19 +1,26 @@
 """``blaq reproduce``: theory to rounding, figures and tables on tiny data, resuming, mistakes."""
 
 import json
+import lzma
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from scipy.io import savemat
 from test_cli import call, fails
 from test_data import idx
+from torch import nn
 
+from blaq.reproduce.charlm import TEXT, CharConfig, CharLSTM, read_text, train_charlm
 from blaq.reproduce.results import VERSION, difference, spread, verdict
 from blaq.reproduce.runs import RECORD
-from blaq.reproduce.study import best_line
+from blaq.reproduce.study import Resources, best_line, run_study
+from blaq.reproduce.tables import STUDIES
 from blaq.reproduce.theory import LIMITS, power_law, stability_limit
 from blaq.reproduce.toy import best_quantized
+from blaq.train import data as datasets
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +171,80 @@ def test_results_of_another_version_are_not_written_over(capsys, tmp_path, conte
     assert path.read_text() == content
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, mnist):
+    """Small sets in the original formats of every table's data, by table."""
+    root, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    (root / "svhn").mkdir()
+    for name, count in (("train", 120), ("extra", 80), ("test", 60)):
+        savemat(root / "svhn" / f"{name}_32x32.mat", {
+            "X": random.integers(0, 256, (32, 32, 3, count)).astype(np.uint8),
+            "y": (np.arange(count)[:, None] % 10 + 1).astype(np.uint8)})
+    (root / "cifar").mkdir()
+    for name in (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"):
+        records = random.integers(0, 256, (40, 3073)).astype(np.uint8)
+        records[:, 0] %= 10
+        (root / "cifar" / name).write_bytes(records.tobytes())
+    return {"table2": root / "cifar", "table2-lab": root / "cifar", "table3": mnist,
+            "table5": root / "svhn"}
+
+
+@pytest.mark.parametrize("name", ["table2", "table2-lab", "table3", "table5"])
+def test_every_table_on_small_files_of_its_format(capsys, tmp_path, folders, name):
+    status, out, _ = call(capsys, "reproduce", name, "--quick", "--data-dir", folders[name],
+                          "--out", tmp_path, "--rows", "laq,blaq")
+    assert status == 1 and "BLAQ is above LAQ after as many epochs" in out
+    content = json.loads((tmp_path / f"{name}.json").read_text())["content"]
+    assert [row["row"] for row in content["rows"]] == ["laq", "blaq"]
+
+
+def test_table_6_on_a_folder_of_images(capsys, tmp_path):
+    pytest.importorskip("torchvision")
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 4)):
+        for kind in ("cat", "dog"):
+            folder = tmp_path / "images" / split / kind
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(random.integers(0, 256, (40, 40, 3), np.uint8)).save(
+                    folder / f"{i}.png")
+    status, _, _ = call(capsys, "reproduce", "table6", "--quick", "--data-dir",
+                        tmp_path / "images", "--out", tmp_path, "--rows", "laq,blaq")
+    assert status == 1
+
+
+def test_a_time_limit_stops_and_the_same_command_goes_on(capsys, tmp_path, mnist):
+    arguments = ["reproduce", "table4", "--quick", "--data-dir", mnist, "--out", tmp_path,
+                 "--rows", "laq"]
+    status, out, _ = call(capsys, *arguments, "--limit-minutes", 1e-9)
+    assert status == 1 and "the same command goes on" in out
+    assert not list(tmp_path.rglob(RECORD))
+    call(capsys, *arguments)
+    assert len(list(tmp_path.rglob(RECORD))) == 4  # 2 of the sweep, 2 seeds
+
+
+def test_a_rate_that_diverges_is_recorded_and_not_chosen(tmp_path, monkeypatch, mnist):
+    from blaq.reproduce import runs
+
+    real = runs.train
+
+    def train(config, folder, **more):
+        if config.lr == 1e-2:
+            folder.mkdir(parents=True)
+            raise RuntimeError("blaq.train: loss must be finite, got nan in epoch 1")
+        return real(config, folder, **more)
+
+    monkeypatch.setattr(runs, "train", train)
+    study = STUDIES["table4"]
+    content = run_study(study, "quick", datasets.load("mnist", mnist), Resources(tmp_path),
+                        ("laq",))
+    assert content["sweep"][0]["chosen"] == 3e-3
+    assert content["sweep"][0]["validation_accuracy"]["0.01"] == 0.0
+    assert content["rows"][0]["lr"] == 3e-3
+
+
 # oscillation and curves
 
 
@@ -194,3 +275,67 @@ def test_oscillation_is_measured_once_for_table_1_and_figures_2_and_3(capsys, tm
         run["frequency_histogram"])
     assert run["frequency"] == pytest.approx(mean)  # 10 steps: no weight is above the last bin
     assert not (window.parent / "checkpoint.pt").exists()
+
+
+# the language model
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / f"{TEXT}.xz").write_bytes(lzma.compress(b"the quick brown fox jumps over. " * 200))
+    return folder
+
+
+def test_lstm_is_torchs(text):
+    read = read_text(text)
+    model, core = CharLSTM(read.symbols, 5), nn.LSTM(read.symbols, 5, batch_first=True)
+    with torch.no_grad():
+        core.weight_ih_l0.copy_(torch.cat([gate.weight for gate in model.input]))
+        core.weight_hh_l0.copy_(torch.cat([gate.weight for gate in model.hidden]))
+        core.bias_ih_l0.copy_(torch.cat([gate.bias for gate in model.input]))
+        core.bias_hh_l0.zero_()
+        numbers = read.test[:3, :-1]
+        expected = model.decoder(core(nn.functional.one_hot(numbers, read.symbols).float())[0])
+        torch.testing.assert_close(model(numbers), expected)
+    assert model.input[1].bias.eq(1).all() and model.input[0].bias.eq(0).all()
+
+
+def test_text_is_split_in_order_without_overlap(text):
+    read = read_text(text)
+    assert [len(part) for part in read[:3]] == [51, 6, 6]
+    assert torch.equal(read.train[0, 100], read.train[1, 0])  # the last one is only predicted
+
+
+def test_charlm_resumes_bit_for_bit(tmp_path, text):
+    config, read = CharConfig("blaq", 6, 2, batch_size=10), read_text(text)
+    whole = train_charlm(config, read, tmp_path / "whole")
+    evaluated = []
+
+    def stop(count):
+        evaluated.append(count)
+        if len(evaluated) == 7:  # of 5 steps an epoch
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_charlm(config, read, tmp_path / "cut", on_batch=stop)
+    resumed = train_charlm(config, read, tmp_path / "cut")
+    assert [{**line, "seconds": 0} for line in resumed] == [
+        {**line, "seconds": 0} for line in whole]
+    assert whole[-1]["evaluations"] == 20 and set(evaluated) == {2}
+
+
+def test_charlm_by_the_command_and_its_mistakes(capsys, tmp_path, text, monkeypatch):
+    status, out, _ = call(capsys, "reproduce", "charlm", "--quick", "--data-dir", text,
+                          "--out", tmp_path)
+    assert status == 0 and "test cross-entropy by laq: paper says 1.291" in out
+    assert len(json.loads((tmp_path / "charlm.json").read_text())["content"]["runs"]) == 3
+    monkeypatch.delenv("BLAQ_DATA", raising=False)
+    out = ["--out", tmp_path]
+    assert "BLAQ_DATA to the folder that holds text/" in fails(capsys, "reproduce", "charlm", *out)
+    assert f"must hold {TEXT}" in fails(capsys, "reproduce", "charlm", "--data-dir", tmp_path, *out)
+    (tmp_path / f"{TEXT}.xz").write_bytes(b"no archive")
+    assert "must be whole xz" in fails(capsys, "reproduce", "charlm", "--data-dir", tmp_path, *out)
+    (tmp_path / TEXT).write_bytes(b"short")
+    assert "more than 1010 characters, got 5" in fails(
+        capsys, "reproduce", "charlm", "--data-dir", tmp_path, *out)

@@ -10,8 +10,8 @@ same command goes on where it stopped: finished runs are kept, others go on from
 With --limit-minutes it stops by itself, and its exit status is 1 until all runs are finished.
 
 Budgets: quick (seconds; shows that the pieces work, measures nothing), brief (about 20 minutes of
-one core), short (about an hour of two), full (the paper's length). Learning rates are swept on training images that are held out;
-the test images decide nothing.
+one core), short (about an hour of two), full (the paper's length). Learning rates are swept on
+training images that are held out; the test images decide nothing.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=1, metavar="N",
                         help="training runs at a time, one thread each (default: 1)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--init", default="", metavar="FILE",
+                        help="float weights (safetensors) that a table's runs start from")
     parser.add_argument("--limit-minutes", type=float, default=0.0, metavar="M",
                         help="stop after this time, to be resumed; 0: no limit (default)")
 
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     outcome = experiment.run(Options(
         args.out, args.budget, args.data_dir,
         tuple(key for key in args.rows.split(",") if key), args.workers, args.device,
-        deadline_in(args.limit_minutes)))
+        args.init, deadline_in(args.limit_minutes)))
     write_results(path, args.name, experiment.title, {"budget": args.budget, "rows": args.rows},
                   outcome.claims, {**outcome.content, "not_run": list(outcome.unfinished)})
     save(outcome.figure, path)

@@ -10,8 +10,11 @@ from typing import Any
 
 from .._text import table
 from ..train import data as datasets
+from .charlm import PLANS as CHAR_PLANS
+from .charlm import charlm_claims, run_charlm
 from .oscillation import PLANS, oscillation_claims, run_oscillation
 from .plots import (
+    charlm_figure,
     curves_figure,
     spread_figure,
     swing_figure,
@@ -41,6 +44,7 @@ class Options:
         rows: keys of the rows to run; empty: the budget's.
         workers: runs at a time.
         device: to train on.
+        init: safetensors file of float weights that a table's runs start from.
         deadline: of ``time.monotonic()``.
     """
 
@@ -50,6 +54,7 @@ class Options:
     rows: tuple[str, ...] = ()
     workers: int = 1
     device: str = "cpu"
+    init: str = ""
     deadline: float = float("inf")
 
 
@@ -95,7 +100,7 @@ def run_table(study: Study, options: Options) -> Outcome:
     """A table of :data:`blaq.reproduce.tables.STUDIES`."""
     data = datasets.load(study.data, options.data_dir or None)
     content = run_study(study, options.budget, data, Resources(
-        options.out, options.workers, options.deadline, options.device), options.rows)
+        options.out, options.workers, options.deadline, options.device, options.init), options.rows)
     plan = study.plans[options.budget]
     note = f"budget {options.budget}: {plan.epochs} epochs"
     return Outcome(content, claims_of(study, content, note), table_figure(content, note),
@@ -144,6 +149,12 @@ def _oscillation(options: Options, names: Sequence[str], draw: Callable[..., Any
                    lines)
 
 
+def _charlm(options: Options) -> Outcome:
+    content = run_charlm(CHAR_PLANS[options.budget], options.budget, options.data_dir, options.out,
+                         rows=options.rows, deadline=options.deadline, device=options.device)
+    return Outcome(content, charlm_claims(content), charlm_figure(content), content["missing"])
+
+
 def table_lines(content: Mapping[str, Any]) -> list[str]:
     """A study's rows for the terminal."""
     head = ("", "paper", "here, % ± sd", "seeds", "lr", "epochs", "gradients", "seconds")
@@ -165,5 +176,6 @@ EXPERIMENTS = {
     "fig3": Experiment("amplitude and frequency over all weights", partial(
         _oscillation, names=("frequency",), draw=spread_figure)),
     "fig5": Experiment("training curves, LAQ and BLAQ", _figure_5),
+    "charlm": Experiment("LSTM on War and Peace, LAB's setting", _charlm),
     "fig1": Experiment("zig-zag of two weights between signs", _figure_1),
 }

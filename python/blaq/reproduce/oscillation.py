@@ -1,12 +1,12 @@
 """Table 1, Figs. 2 and 3: how far and how often latent weights swing, LAQ against BLAQ.
 
 A run trains at a constant learning rate, the same for both methods; then a window of further steps
-is measured. Amplitude is (max - min) / 2 of a latent weight over the window, frequency how often its
-code changed: the paper defines neither, nor its window, so only ratios between methods can be
+is measured. Amplitude is (max - min) / 2 of a latent weight over the window, frequency how often
+its code changed: the paper defines neither, nor its window, so only ratios between methods can be
 compared with it. Beside them stands the oscillation frequency of Nagel et al. (2022).
 
-Which weights and moments the paper's Figs. 2 and 3 show is not known. Here Fig. 2 is the latent weights
-themselves (amplitude), Fig. 3 the distribution of both quantities over all weights.
+Which weights and moments the paper's Figs. 2 and 3 show is not known. Here Fig. 2 is the latent
+weights themselves (amplitude), Fig. 3 the distribution of both quantities over all weights.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def measure_window(folder: Path, data: Data, steps: int) -> dict[str, Any]:
     latent = optimizer.state[largest]["latent"].view(-1)
     sample = torch.randperm(latent.numel(), generator=torch.Generator().manual_seed(0))[:SAMPLED]
     traced = sample[latent[sample].abs().argsort()[:TRACED]]
-    order, traces, done = torch.Generator().manual_seed(config.seed + 1), [latent[traced].clone()], 0
+    order = torch.Generator().manual_seed(config.seed + 1)
+    traces, done = [latent[traced].clone()], 0
     model.train()
     while done < steps:
         for images, labels in datasets.batches(data.train, config.batch_size, order,

@@ -11,7 +11,7 @@ import numpy as np
 from .._extras import import_extra
 from ..train.checkpoint import write_whole
 
-__all__ = ["COLOURS", "curves_figure", "figure", "finish", "save", "spread_figure",
+__all__ = ["COLOURS", "charlm_figure", "curves_figure", "figure", "finish", "save", "spread_figure",
            "swing_figure", "table_figure", "theory_figure", "toy_figure", "traces_figure"]
 
 COLOURS = {"fp": "#4d4d4d", "laq": "#d55e00", "blaq": "#0072b2", "other": "#999999",
@@ -103,6 +103,23 @@ def curves_figure(content: Mapping[str, Any], note: str) -> Any:
     finish(left, content["title"], "epoch", "training loss, mean over the epoch")
     finish(right, f"{note}; band: least to most of the seeds", "gradient evaluations",
            "test error in %")
+    return made
+
+
+def charlm_figure(content: Mapping[str, Any]) -> Any:
+    """Test cross-entropy over gradient evaluations."""
+    made, (axes,) = figure()
+    styles = {"fp": "full precision", "bc": "BinaryConnect", "bwn": "BWN", "laq": "LAQ",
+              "blaq": "BLAQ, a = 0.6"}
+    colours = {**COLOURS, "bc": SHADES[4], "bwn": SHADES[1]}
+    for run in content["runs"]:
+        axes.plot([line["evaluations"] for line in run["history"]],
+                  [line["test_loss"] for line in run["history"]], "o-", markersize=4,
+                  color=colours[run["method"]],
+                  label=styles[run["method"]] if run["seed"] == 0 else None)
+    plan = content["plan"]
+    finish(axes, f"LSTM of {plan['units']} units on War and Peace, 1 bit", "gradient evaluations",
+           "test cross-entropy in nats", legend=bool(content["runs"]))
     return made
 
 

@@ -137,12 +137,14 @@ class Resources:
         out: folder of the run folders.
         workers, deadline: of :func:`train_jobs`.
         device: to train on.
+        init: safetensors file of float weights that every run starts from.
     """
 
     out: Path
     workers: int = 1
     deadline: float = float("inf")
     device: str = "cpu"
+    init: str = ""
 
 
 def run_study(study: Study, budget: str, data: Data, using: Resources,
@@ -155,6 +157,8 @@ def run_study(study: Study, budget: str, data: Data, using: Resources,
         only: keys of the rows to run now; all finished rows are summed up.
     """
     plan = study.plans[budget]
+    if using.init:
+        plan = replace(plan, settings={**plan.settings, "init": using.init})
     chosen = [study.row(key) for key in only or plan.rows] or list(study.rows)
     data = limited(data, plan.images)
     out = using.out / f"{study.name}-{budget}"

@@ -95,4 +95,70 @@ LENET = Study(
 scale need batch norm, which LeNet-5 lacks. The paper's comparators are DC 99.26, ADMM 99.20, ALQ
 99.12, copied from their papers."""
 
-STUDIES = {study.name: study for study in (MLP, LENET)}
+SMALL = Plan(2, 2, (3e-3, 1e-2), 1, 60, ("fp", "laq", "laq-2x", "blaq"), QUICK, 40, 160)
+ONE_BIT_CIFAR = (
+    *_one_bit(92.8, 90.1, 89.5, 89.5, 91.5), *BACKTRACKS, *ROW_SCALES, *TWO_BITS,
+    Row("alq", "ALQ, 1 bit", {"method": "alq", "bits": 1}, 90.9),
+    Row("twn", "TWN, ternary", {"method": "twn"}, project=True, like="bwn"))
+
+CIFAR = Study(
+    "table2", "VGG on CIFAR-10, ALQ's recipe", "cifar10",
+    {"model": "vgg-small", "batch_size": 128, "augment": True, "schedule": "step", "gamma": 0.2},
+    ONE_BIT_CIFAR,
+    {"quick": SMALL,
+     "brief": Plan(5, 3, (1e-3, 3e-3, 1e-2), 2, 10_000,
+                   ("fp", "bc", "bwn", "laq", "laq-2x", "blaq"), {"width": 0.25}, 5000),
+     "short": Plan(30, 3, (1e-3, 3e-3, 1e-2), 3, 0,
+                   ("fp", "bc", "bwn", "laq", "laq-2x", "blaq", "blaq-a75", "blaq-a90"), {}, 5000),
+     "full": Plan(100, 5, (1e-3, 3e-3, 1e-2), 10, validation=5000)},
+    _pair_claims(2.0, -1.3), (0.3, 0.6, 0.9))
+"""Cross-entropy, crops and flips, Adam, x 0.2 after each 30 of 100 epochs. For a GPU."""
+
+CIFAR_LAB = Study(
+    "table2-lab", "VGG on CIFAR-10, LAB's recipe", "cifar10",
+    {"model": "vgg-small", "batch_size": 50, "gamma": 0.5, **LAB}, ONE_BIT_CIFAR,
+    {**CIFAR.plans, "full": Plan(200, 5, (3e-3, 1e-2, 3e-2), 10, validation=5000)},
+    _pair_claims(2.0, -1.3), tuple(0.075 * i for i in range(1, 14)))
+"""Squared hinge, no augmentation, batch 50, x 0.5 after each 15 of 200 epochs. Differs: channels
+are normalised, where LAB normalises contrast and whitens (GCN and ZCA)."""
+
+SVHN = Study(
+    "table5", "SVHN-Net on SVHN, LAB's recipe", "svhn-extra",
+    {"model": "svhn-net", "batch_size": 50, **LAB},
+    (*_one_bit(97.73, 97.55, 97.46, 97.64, 98.13), *BACKTRACKS, *ROW_SCALES),
+    {"quick": SMALL,
+     "brief": Plan(2, 3, (1e-3, 3e-3), 1, 20_000,
+                   ("fp", "bc", "bwn", "laq", "laq-2x", "blaq"), {"width": 0.25}, 6000),
+     "short": Plan(10, 3, (3e-4, 1e-3, 3e-3), 1, 100_000,
+                   ("fp", "bc", "bwn", "laq", "laq-2x", "blaq"), {}, 6000),
+     "full": Plan(50, 5, (3e-4, 1e-3, 3e-3), 5, validation=6000)},
+    _pair_claims(0.49, 0.40), (0.3, 0.5))
+"""Squared hinge, batch 50, x 0.1 after 15 and 25 of 50 epochs. Differs: channels are normalised,
+where LAB normalises contrast, globally and locally (GCN and LCN)."""
+
+IMAGENET = Study(
+    "table6", "ResNet-18 on ImageNet", "images",
+    {"model": "resnet18", "batch_size": 256, "augment": True, "schedule": "cosine", "clip": 0.0,
+     "first_bits": "fp", "last_bits": "fp"},
+    (Row("fp", "full precision", {"method": "fp"}, 69.8),
+     Row("bwn", "BWN, 1 bit", {"method": "bwn"}, 60.8),
+     Row("alq", "ALQ, 1 bit (paper: 1.01 bit)", {"method": "alq", "bits": 1}, 65.6),
+     Row("laq", "LAQ, 1 bit", {"method": "laq"}),
+     Row("laq-2x", "LAQ, 1 bit, twice the epochs", {"method": "laq"}, like="laq", epochs=2),
+     _blaq("blaq", "BLAQ, 1 bit, a = 0.9", paper=66.73, backtrack=0.9, max_iter=10),
+     Row("twn", "TWN, ternary", {"method": "twn"}, 61.8),
+     Row("alq-2bit", "ALQ, 2 bits", {"method": "alq", "bits": 2}, 68.9, like="alq"),
+     Row("laq-2bit", "LAQ, 2 bits", {"method": "laq", "bits": 2}, like="laq"),
+     _blaq("blaq-2bit", "BLAQ, 2 bits, a = 0.9", paper=69.62, like="blaq", bits=2,
+           backtrack=0.9, max_iter=10)),
+    {"quick": Plan(1, 2, (1e-3, 3e-3), 1, 0, ("fp", "laq", "laq-2x", "blaq", "blaq-2bit"),
+                   {"width": 0.05, "batch_size": 4}, 4, 16),
+     "brief": Plan(1, 1, (3e-4,), settings={"width": 0.25}),
+     "short": Plan(10, 3, (1e-4, 3e-4, 1e-3), 1, 100_000),
+     "full": Plan(60, 3, (1e-4, 3e-4, 1e-3), 2, 200_000)},
+    (*_pair_claims(None, -3.07),
+     Comparison("2 bits: BLAQ is above LAQ after as many epochs", "blaq-2bit", "laq-2bit")))
+"""Fine-tuning of float weights (``--init``), first and last layer in full precision, no bound on
+the latent weights. Images are kept in memory: 151 KB each, 193 GB for all of ImageNet."""
+
+STUDIES = {study.name: study for study in (CIFAR, CIFAR_LAB, MLP, LENET, SVHN, IMAGENET)}
