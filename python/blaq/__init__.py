@@ -7,6 +7,7 @@ from .accuracy import get_accuracy, set_accuracy
 from .binary import BinaryActivation, PackedBinaryConv2d, PackedBinaryLinear
 from .codebook import bits_of, levels_for, levels_of
 from .convert import pack, unpack
+from .fold import fold_norm
 from .io import PackedFile, inspect, load, save
 from .metrics import AmplitudeTracker, OscillationTracker, flip_ratio
 from .nn import PackedConv2d, PackedLinear
@@ -19,8 +20,8 @@ from .trial import RandomState, trial_pass
 __all__ = [
     "AmplitudeTracker", "BLAQ", "BinaryActivation", "LayerSummary", "OscillationTracker",
     "PackedBinaryConv2d", "PackedBinaryLinear", "PackedConv2d", "PackedFile", "PackedLinear",
-    "Quantization", "RandomState", "Summary", "bits_of", "flip_ratio", "functional",
-    "get_accuracy", "inspect", "levels_for", "levels_of", "load", "pack", "param_groups",
+    "Quantization", "RandomState", "Summary", "bits_of", "flip_ratio", "fold_norm",
+    "functional", "get_accuracy", "inspect", "levels_for", "levels_of", "load", "pack", "param_groups",
     "quantization_of", "save", "set_accuracy", "summary", "trial_pass", "unpack",
 ]
 

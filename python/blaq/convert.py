@@ -16,8 +16,10 @@ from blaq_kernels.schemas import require
 from .binary import binarize
 from .codebook import levels_for
 from .encoding import recover_scale
-from .nn import PackedConv2d, PackedLayer, PackedLinear
+from .fold import check_foldable, fold_norm as fold
+from .nn import PackedConv2d, PackedLayer, PackedLinear, require_unfolded
 from .quantization import Quantization, quantization_of, record
+from .replace import replace
 
 __all__ = ["pack", "unpack"]
 
@@ -28,7 +30,7 @@ log = logging.getLogger("blaq")
 
 @torch.no_grad()
 def pack(model: nn.Module, *, bits: int | None = None, codebook: str | Sequence[float] = "pow2",
-         group_size: int = 0, skip: Iterable[str] = ()) -> nn.Module:
+         group_size: int = 0, skip: Iterable[str] = (), fold_norm: bool = False) -> nn.Module:
     """Replace every quantized Linear and Conv2d by its packed layer, losing nothing.
 
     The model is changed in place and returned; a model that is itself a layer is returned packed.
@@ -51,13 +53,16 @@ def pack(model: nn.Module, *, bits: int | None = None, codebook: str | Sequence[
         codebook: name or magnitudes, see :func:`blaq.levels_for`; used with ``bits``.
         group_size: 0, -1 or g > 0; used with ``bits``.
         skip: names or patterns (``"layer1.*"``) of modules to leave in float, with all inside them.
+        fold_norm: whether :func:`blaq.fold_norm` follows: faster, but for inference alone.
 
     Raises:
         ValueError: a weight, named, is not ``level × scale`` bit for bit; a name in ``skip`` fits
-            no module; there is nothing to pack. The model is unchanged.
+            no module; there is nothing to pack; norms cannot be folded. The model is unchanged.
     """
     require(bits in (None, 1, 2, 3, 4), "pack", "bits", "be 1, 2, 3 or 4", bits)
     require(group_size >= -1, "pack", "group_size", "be 0, -1 or positive", group_size)
+    if fold_norm:
+        check_foldable(model)
     levels = None if bits is None else levels_for(codebook, bits)
     names = {name.removeprefix("_orig_mod."): module  # without what torch.compile puts in front
              for name, module in model.named_modules(remove_duplicate=False)}
@@ -81,7 +86,8 @@ def pack(model: nn.Module, *, bits: int | None = None, codebook: str | Sequence[
                                                           f"{name}.weight".lstrip("."))
     _share(packed, "weight", ("qweight", "scale"))
     model = replace(model, packed)
-    return replace(model, binarize(model))
+    model = replace(model, binarize(model))
+    return fold(model) if fold_norm else model
 
 
 @torch.no_grad()
@@ -90,25 +96,17 @@ def unpack(model: nn.Module) -> nn.Module:
 
     The weights come out quantized, bit for bit as they went in, and known as such, so that ``pack``
     needs no ``bits``. A model that is itself one packed layer is returned as a float layer.
+
+    Raises:
+        ValueError: a layer has norms or ReLUs folded into it. The model is unchanged.
     """
+    for name, module in model.named_modules():
+        require_unfolded("unpack", name, module)
     layers = {m: m.to_float() for m in model.modules() if isinstance(m, PackedLayer)}
     _share(layers, "qweight", ("weight",))
     for layer, plain in layers.items():
         record(plain.weight, Quantization(layer.levels, layer.group_size, layer.scale.detach()))
     return replace(model, layers)
-
-
-def replace(model: nn.Module, new: dict[Any, Any]) -> nn.Module:
-    """Put ``new[layer]`` wherever ``layer`` stands in the model, with its hooks."""
-    for old, layer in new.items():
-        for key in vars(old):
-            if key.startswith(("_forward_", "_backward_", "_is_full_backward")):
-                layer.__dict__[key] = old.__dict__[key]
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in new:
-                parent.add_module(name, new[child])
-    return new.get(model, model)
 
 
 def _unique(names: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .binary import BINARY_OF, binarize
-from .convert import replace
 from .format import (
     DTYPES,
     KINDS,
@@ -32,7 +31,8 @@ from .format import (
     parse_json,
     requirer,
 )
-from .nn import PackedLayer
+from .nn import PackedLayer, require_unfolded
+from .replace import replace
 
 __all__ = ["PackedFile", "inspect", "load", "save"]
 
@@ -66,12 +66,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     all.
 
     Raises:
-        ValueError: the model has no packed layer, or a tensor that the format cannot hold.
+        ValueError: the model has no packed layer, a tensor that the format cannot hold, or a layer
+            that norms are folded into.
     """
     path, model = Path(path), _bare(model)
     require = requirer("save", path)
     specs = {name: PackedSpec.of(layer) for name, layer in _modules(model).items()
              if isinstance(layer, PackedLayer)}
+    for name, module in _modules(model).items():
+        require_unfolded("save", name, module)
     require(bool(specs), "model", "have a packed layer; try blaq.pack(model)", "none")
     for name, spec in specs.items():
         require(spec.dtype in DTYPES, name or "model", f"be {' or '.join(DTYPES)}", spec.dtype)

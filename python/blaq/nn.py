@@ -39,6 +39,7 @@ class PackedLayer(nn.Module):
         bias: ``[N]`` in the module's dtype, or None.
         levels, bits, group_size: the codebook and the grouping.
         dtype: of ``weight``; casting the module changes it and ``bias``, never the codes.
+        folded: whether a norm is part of ``scale`` and ``bias`` (:func:`blaq.fold_norm`).
         mapped: the ``qweight`` that :func:`blaq.load` left in its file, or None.
     """
 
@@ -49,6 +50,7 @@ class PackedLayer(nn.Module):
     qweight: Tensor
     scale: Tensor
     bias: nn.Parameter | None
+    folded: bool = False
     mapped: Tensor | None = None
 
     _accuracy: str | None = None
@@ -167,6 +169,9 @@ class PackedLayer(nn.Module):
         if input.shape[dim] != size:
             raise ValueError(f"blaq.{type(self).__name__}: input must have {features} = {size} in "
                              f"dimension {dim}, got shape {list(input.shape)}")
+        if self.folded and self.training:
+            raise ValueError(f"blaq.{type(self).__name__}: layer must be in eval mode, for a norm is "
+                             "folded into it, got training mode")
         kind = input.device.type
         if not torch.is_autocast_enabled(kind):
             return input, self.bias
@@ -202,7 +207,15 @@ class PackedLayer(nn.Module):
         shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.GEOMETRY)
         return (f"{shown}, bias={self.bias is not None}, bits={self.bits}, "
                 f"levels=[{', '.join(f'{level:g}' for level in self.levels)}], "
-                f"group_size={self.group_size}")
+                f"group_size={self.group_size}{', folded' if self.folded else ''}"
+                f"{', relu' if getattr(self, 'relu', False) else ''}")
+
+
+def require_unfolded(op: str, name: str, module: nn.Module) -> None:
+    """Raise ValueError for a packed layer that is no longer what was packed."""
+    if isinstance(module, PackedLayer) and (module.folded or getattr(module, "relu", False)):
+        raise ValueError(f"blaq.{op}: {name or 'model'} must be as it was packed, got one with a norm or "
+                         "a ReLU folded into it; try again before blaq.fold_norm")
 
 
 class PackedLinear(PackedLayer):
@@ -229,6 +242,9 @@ class PackedLinear(PackedLayer):
         self.out_features = out_features
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.folded and input.dim() != 2:  # a BatchNorm1d takes dimension 1 for the features
+            raise ValueError("blaq.PackedLinear: input must have 2 dimensions, for a norm is folded "
+                             f"into the layer, got shape {list(input.shape)}")
         input, bias = self._operands(input, -1, "in_features")
         return torch.ops.blaq.packed_linear.default(
             input, self.qweight, self.scale, bias, self.levels, self.group_size, self.repacked(),
@@ -243,12 +259,16 @@ class PackedConv2d(PackedLayer):
         levels: ascending magnitudes of the codebook, at most 8, the largest 1.0.
         group_size: 0 one scale for the tensor, -1 one for each output channel, g > 0 one for each g
             of an output channel's ``in/groups · kh · kw`` weights.
+
+    Attributes:
+        relu: whether negative results become 0 (:func:`blaq.fold_norm`).
     """
 
     FLOAT = nn.Conv2d
     GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation",
                 "groups", "padding_mode")
     transposed = False
+    relu: bool = False
     output_padding = (0, 0)
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int],
@@ -287,7 +307,7 @@ class PackedConv2d(PackedLayer):
         return torch.ops.blaq.packed_conv2d.default(
             input, self.qweight, self.scale, bias, self.levels, self.group_size, self.kernel_size,
             self.stride, self._op_padding, self.dilation, self.groups, self.repacked(),
-            self.accuracy)
+            self.accuracy, self.relu)
 
     def _repack(self) -> Tensor:
         if self.group_size > 0:
