@@ -5,9 +5,17 @@ no module: those are in ``blaq``.
 """
 
 from . import autograd, dispatch, schemas
-from .dispatch import cpu_capabilities, cpu_capability, has_int8, serving, set_cpu_capability
+from .dispatch import (
+    cpu_capabilities,
+    cpu_capability,
+    has_int8,
+    int8_kernels,
+    serving,
+    set_cpu_capability,
+)
 
-__all__ = ["cpu_capabilities", "cpu_capability", "has_int8", "serving", "set_cpu_capability"]
+__all__ = ["cpu_capabilities", "cpu_capability", "has_int8", "int8_kernels", "serving",
+           "set_cpu_capability"]
 
 __version__ = "0.1.0"
 

@@ -94,7 +94,13 @@ def serving(device: str = "cpu") -> dict[str, str]:
 
 def has_int8() -> bool:
     """Whether CPU kernels compute in 8-bit integers here, from a weight that ``repack`` made."""
-    return native is not None and native.has_int8()
+    return int8_kernels() != ""
+
+
+def int8_kernels() -> str:
+    """Instructions that CPU kernels compute with in 8-bit integers here: ``AVX-512 VNNI``, ``AVX2`` or
+    ``NEON``; empty where the capability in use has none."""
+    return str(native.int8_kernels()) if native else ""
 
 
 def cpu_capability() -> str:

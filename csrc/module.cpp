@@ -23,9 +23,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capabilities", &blaq::capability_names,
         "Names of the variants that this processor can run, ascending.");
   m.def(
-      "has_int8",
-      [] { return blaq::capability() == blaq::Capability::avx512 && blaq::processor_has_int8(); },
-      "Whether packed layers compute in 8-bit integers from a repacked weight.");
+      "int8_kernels",
+      [] {
+        const blaq::Int8Kernels* kernels = blaq::int8_kernels();
+        return std::string(kernels ? kernels->name : "");
+      },
+      "What packed layers compute with in 8-bit integers from a repacked weight; empty: nothing.");
   m.def("set_cpu_capability", &blaq::set_capability, py::arg("name"),
         "Choose a variant; ValueError for one that this processor cannot run.");
 }

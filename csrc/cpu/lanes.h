@@ -92,8 +92,9 @@ inline uint32_t negative_lanes(Floats x) {
 #endif
 }
 
-// Ends the compiler's freedom to move the sum: g++ would gather all terms first and spill them.
-inline void settle(Floats& x) {
+// Ends the compiler's freedom to move a sum: g++ would gather all terms first and spill them.
+template <typename Lanes>
+inline void settle(Lanes& x) {
 #if defined(__x86_64__)
   asm volatile("" : "+v"(x));
 #elif defined(__aarch64__)

@@ -7,6 +7,18 @@
 
 namespace blaq {
 
+// The least factor up to 128 that makes integers of all levels; 0 where there is none.
+inline int level_factor(const float* levels, int bits) {
+  const auto fits = [&](int factor) {
+    return std::all_of(levels, levels + (1 << bits), [&](float level) {
+      return level != level || level * factor == std::nearbyint(level * factor);
+    });
+  };
+  int factor = 1;
+  while (factor <= 128 && !fits(factor)) ++factor;
+  return factor <= 128 ? factor : 0;
+}
+
 // Levels as integers: in 8 bits level + 128, of 0 to 255; in 16 bits as they are, twice.
 struct LevelTable {
   alignas(16) uint8_t level[16];
@@ -16,15 +28,7 @@ struct LevelTable {
 
   LevelTable(const float* levels, int bits) {
     const int codes = 1 << bits;
-    const auto fits = [&](int factor) {
-      for (int c = 0; c < codes / 2; ++c) {
-        const float x = levels[c] * factor;
-        if (x == x && x != std::nearbyint(x)) return false;
-      }
-      return true;
-    };
-    int factor = 128;
-    while (factor > 0 && !fits(factor)) --factor;
+    int factor = level_factor(levels, bits);
     exact = factor != 0;
     if (!exact) factor = 127;
     wide_unit = 1.0f / factor;

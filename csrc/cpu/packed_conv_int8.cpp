@@ -9,6 +9,7 @@
 
 #include "cpu/capability.h"
 #include "cpu/level_table.h"
+#include "cpu/packed_int8_block.h"
 #include "cpu/runs.h"
 
 #if defined(__x86_64__)
@@ -375,7 +376,7 @@ void convolve_int8(const PackedMatrix& weight, const uint8_t* repacked, Accuracy
 
 bool has_conv_int8(const PackedMatrix& weight, Accuracy accuracy, const Conv& conv) {
   constexpr int64_t kFewChannels = 16, kFewOutputs = 16;  // most lanes would idle
-  return has_int8(weight, accuracy) && weight.group_size <= 0 &&
+  return has_vnni() && has_int8(weight, accuracy) && weight.group_size <= 0 &&
          conv.group_channels() >= kFewChannels && weight.n / conv.groups >= kFewOutputs;
 }
 

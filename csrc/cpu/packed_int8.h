@@ -1,5 +1,5 @@
-// A packed weight times rows of floats in 8-bit arithmetic: AVX-512 with VBMI and VNNI only. Faster than
-// packed_matmul.h and less exact; what it cannot do, that does.
+// A packed weight times rows of floats in 8-bit arithmetic: AVX-512 with VBMI and VNNI, or AVX2. Faster
+// than packed_matmul.h and less exact; what it cannot do, that does.
 //
 // Both ways read the weight repacked: for 16 outputs and 32 inputs, `words` registers whose lanes have 8
 // digits of 4 bits each, as packed_matmul.h makes them. Integers accumulate over a segment of inputs that
@@ -25,10 +25,22 @@ inline int64_t repacked_bytes(int bits, int64_t n, int64_t k) {
   return (n + 15) / 16 * (padded(k) / 32) * words_of(bits) * 64;
 }
 
-bool processor_has_int8();
 Accuracy accuracy_of(const char* op, const std::string& name);
 void check_repacked(const char* op, const torch::stable::Tensor& repacked,
                     const torch::stable::Tensor& qweight, int64_t in_features);
+
+// The kernels of a variant, which keep the rules of multiply_int8 but for rows that have no unit: there
+// `multiply` is false, and what it wrote is nothing.
+struct Int8Kernels {
+  const char* name;
+  bool (*multiply)(const PackedMatrix& weight, const uint8_t* repacked, Accuracy accuracy, const Product& product);
+};
+
+// Of the capability in use; null where it has none.
+const Int8Kernels* int8_kernels();
+
+// Whether that is AVX-512 with VBMI and VNNI.
+bool has_vnni();
 
 // Whether this processor and this weight have the way. High accuracy asks for levels that 8 bits hold.
 bool has_int8(const PackedMatrix& weight, Accuracy accuracy);

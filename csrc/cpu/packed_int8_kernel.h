@@ -1,8 +1,26 @@
-// The inner loops of packed_int8.cpp, which includes this file where AVX-512 with VBMI and VNNI may be used:
-// inputs become tables or 8-bit integers, and registers of the weight are looked up or multiplied.
+// The inner loops of 8-bit arithmetic with VBMI and VNNI of AVX-512: inputs become tables or 8-bit integers, and registers of the weight are looked up or multiplied.
 
 // Ends the compiler's freedom to move what makes x: g++ would keep too much alive, and spill sums.
 inline void settle(__m512i& x) { asm volatile("" : "+v"(x)); }
+
+// See packed_int8_driver.h for what follows.
+using Levels = LevelTable;
+constexpr bool kTwoForms = false;
+inline Levels levels_of(const PackedMatrix& weight, Accuracy) { return Levels(weight.levels, weight.bits); }
+template <int DIGITS>
+inline float unit_of(const Levels& levels) {
+  return DIGITS == 1 ? levels.unit : levels.wide_unit;
+}
+
+template <int WORDS, int DIGITS>
+constexpr int kRowsOfTile = 4;
+template <int WORDS, int DIGITS>
+constexpr int kSums = DIGITS == 2 && WORDS < 4 ? 8 : 16;  // that stay in registers
+template <int WORDS, int DIGITS, int MR>
+constexpr int kVectors = MR == 1 && DIGITS == 1 ? 8 : std::min(4, kSums<WORDS, DIGITS> / MR);
+// Sums of two inputs in 8 bits are within 1e-2 with fewer.
+template <int WORDS, int DIGITS, bool FORM>
+constexpr int kSegment = WORDS == 2 && DIGITS == 1 ? 128 : 256;
 
 // The largest magnitude; NaN where there is one, for its bits are above all others.
 inline __m512i larger(__m512i most, __m512 x) {
@@ -90,21 +108,6 @@ void build_tables(const float* x, int words, float inverse, const Coefficients& 
     }
   }
 }
-
-// A register block: MR rows times 16 NV outputs, over the segments of a chunk.
-struct Block {
-  const uint8_t* weights;  // of outputs 16 v at v * step
-  int64_t step;
-  const uint8_t* data;  // tables or digits of row r at r * stride
-  int64_t stride;
-  int words, segment_words;
-  const float* unit;      // [row][segments]
-  const int32_t* offset;  // [row][segments]; levels alone
-  int64_t segments;
-  const float* scale;  // [segment][16 NV]; null where a scale is no segment's
-  float* totals;       // of row r at r * totals_stride
-  int64_t totals_stride;
-};
 
 // f(0), …, f(N − 1) with constants: g++ 12 keeps arrays in registers that nothing but constants index.
 template <int N, class F>
@@ -207,6 +210,18 @@ inline void quantize16(const float* x, int words, float inverse, uint8_t* out) {
   }
 }
 
+template <int DIGITS>
+inline float largest_input(const float* x, int count, const Levels&) {
+  return largest(x, count);
+}
+
+template <int DIGITS>
+inline int32_t quantize(const float* x, int words, float inverse, const Levels&, uint8_t* out) {
+  if (DIGITS == 1) return 128 * quantize8(x, words, inverse, out);
+  quantize16(x, words, inverse, out);
+  return 0;
+}
+
 inline __m512i four_bytes(const uint8_t* at) {
   int32_t four;
   std::memcpy(&four, at, 4);
@@ -214,8 +229,9 @@ inline __m512i four_bytes(const uint8_t* at) {
 }
 
 // Levels and inputs of 8 bits, 64 products an instruction, or of 16 bits, 32.
-template <bool WIDE, int MR, int NV>
-[[gnu::noinline]] void add_levels(const Block& block, const LevelTable& table) {
+template <int DIGITS, bool FORM, int MR, int NV>
+[[gnu::noinline]] void add_levels(const Block& block, const Levels& table) {
+  constexpr bool WIDE = DIGITS == 2;
   const __m512i low = _mm512_set1_epi8(15);
   const __m512i level = WIDE ? _mm512_load_si512(table.wide)
                              : _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table.level));

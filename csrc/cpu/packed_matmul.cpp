@@ -78,35 +78,14 @@ void multiply_rows(const PackedMatrix& weight, const Product& product) {
   run(weight, product, space);
 }
 
-#if defined(__x86_64__)
-namespace {
-
-template <int WORDS>
-void repack_with(const PackedMatrix& weight, uint8_t* out) {
-  using avx512::Words;
-  constexpr int kBlock = avx512::kWords;
-  const int64_t words = padded(weight.k) / 32, step = words * WORDS * sizeof(Words);
-  torch::stable::parallel_for(0, (weight.n + 15) / 16, 4, [&](int64_t first, int64_t last) {
-    alignas(64) Words digits[(kBlock + 4) * WORDS];
-    for (int64_t t = first; t < last; ++t) {
-      for (int64_t word = 0; word < words; word += kBlock) {
-        const int count = static_cast<int>(std::min<int64_t>(kBlock, words - word));
-        avx512::load_digits<WORDS, 1>(weight, t * 16, word, count, digits);
-        std::memcpy(out + t * step + word * WORDS * sizeof(Words), digits, count * WORDS * sizeof(Words));
-      }
-    }
-  });
-}
-
-}  // namespace
-
 void repack(const PackedMatrix& weight, uint8_t* out) {
   const int words = words_of(weight.bits);
-  const auto run = words == 1 ? repack_with<1> : words == 2 ? repack_with<2> : repack_with<4>;
-  run(weight, out);
+  const auto run = words == 1   ? BLAQ_VARIANT(repack_groups<1>)
+                   : words == 2 ? BLAQ_VARIANT(repack_groups<2>)
+                                : BLAQ_VARIANT(repack_groups<4>);
+  torch::stable::parallel_for(0, (weight.n + 15) / 16, 4, [&](int64_t first, int64_t last) {
+    run(weight, first, last, out);
+  });
 }
-#else
-void repack(const PackedMatrix&, uint8_t*) {}
-#endif
 
 }  // namespace blaq

@@ -370,3 +370,18 @@ void multiply(const PackedMatrix& weight, const Product& product, Workspace& spa
                                          : multiply_scaled<TABLES, WORDS, kByOutput>;
   run(weight, product, space);
 }
+
+// Groups of 16 outputs in the order of packed_int8.h.
+template <int WORDS>
+void repack_groups(const PackedMatrix& weight, int64_t first, int64_t last, uint8_t* out) {
+  constexpr int NB = 16 / kLanes;
+  const int64_t words = padded(weight.k) / 32;
+  alignas(64) Words digits[(kWords + kMoreWords) * WORDS * NB];
+  for (int64_t group = first; group < last; ++group) {
+    for (int64_t word = 0; word < words; word += kWords) {
+      const int count = static_cast<int>(std::min<int64_t>(kWords, words - word));
+      load_digits<WORDS, NB>(weight, group * 16, word, count, digits);
+      std::memcpy(out + (group * words + word) * WORDS * 64, digits, count * WORDS * 64);
+    }
+  }
+}

@@ -1,7 +1,6 @@
 // torch.ops.blaq.repack: a packed weight in the order that packed_int8.cpp reads.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/capability.h"
 #include "cpu/packed_int8.h"
 #include "packed_checks.h"
 
@@ -34,12 +33,7 @@ Tensor repack_weight(const Tensor& qweight) {
   const int64_t n = qweight.size(1), k = qweight.size(2) * 8;
   Tensor out = torch::stable::new_empty(qweight, {repacked_bytes(bits, n, k)});
   if (out.numel() == 0) return out;
-  if (capability() == Capability::avx512) {
-    PackedMatrix weight{qweight.const_data_ptr<uint8_t>(), bits, n, k};
-    repack(weight, out.mutable_data_ptr<uint8_t>());
-  } else {
-    torch::stable::zero_(out);  // no variant below AVX-512 reads it
-  }
+  repack({qweight.const_data_ptr<uint8_t>(), bits, n, k}, out.mutable_data_ptr<uint8_t>());
   return out;
 }
 

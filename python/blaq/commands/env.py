@@ -46,7 +46,7 @@ def collect() -> dict[str, Any]:
         "build": dict(dispatch.native.build_info()) if dispatch.native else None,
         "cpu": {"capability": blaq_kernels.cpu_capability(),
                 "capabilities": blaq_kernels.cpu_capabilities(), "cores": os.cpu_count(),
-                "threads": torch.get_num_threads(), "int8": blaq_kernels.has_int8(),
+                "threads": torch.get_num_threads(), "int8": blaq_kernels.int8_kernels(),
                 "accuracy": get_accuracy()},
         "cuda": _cuda(),
         "ops": blaq_kernels.serving(),
@@ -84,8 +84,9 @@ def _lines(report: dict[str, Any]) -> list[str]:
         lines.append("C++ kernels: " + ", ".join(f"{k} {v}" for k, v in report["build"].items()))
         others = ", ".join(cpu["capabilities"])
         lines.append(f"instruction set: {cpu['capability']} (this processor can run {others})")
-    lines.append(f"packed layers: accuracy {cpu['accuracy']}"
-                 + ("" if cpu["int8"] else "; computed exactly: no 8-bit kernels for this processor"))
+    lines.append(f"packed layers: accuracy {cpu['accuracy']}; " + (
+        f"high and fast in 8-bit arithmetic ({cpu['int8']}), exact in float32" if cpu["int8"] else
+        "all in float32: no 8-bit kernels for this instruction set"))
     lines.append(f"CPU: {cpu['cores']} cores, torch uses {cpu['threads']} threads")
     cuda = report["cuda"]
     lines.append("CUDA: none" if cuda is None else

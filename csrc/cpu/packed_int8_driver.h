@@ -1,0 +1,201 @@
+// Rows times a packed weight in 8-bit arithmetic, around the inner loops of a variant (packed_int8_kernel.h,
+// packed_int8_bytes.h): inputs become tables or integers tile by tile, chunk by chunk, and every output meets
+// them while they are in the L1 cache. The loops bring along:
+// - Levels: the codebook as integers; levels_of, unit_of; kTwoForms where add_levels has a form for narrow
+//   levels and one for wide ones;
+// - kRowsOfTile, kVectors: the shape of a register block; kSegment: inputs of one unit at most;
+// - largest_sum, largest_input: what must stay within a unit's integers; build_tables, quantize;
+// - add_tables, add_levels: a block's products.
+
+constexpr int64_t kPrepared = 24 << 10;   // bytes of a tile's tables or digits that stay in L1
+constexpr float kLeast = 1e-30f;          // inputs below which a unit would be subnormal
+
+// The most inputs that share a unit: a divisor of the group, so that a segment has one scale.
+inline int segment_of(int64_t group_size, int most) {
+  if (group_size <= 0) return most;
+  int segment = most;
+  while (group_size % segment != 0) segment -= 32;
+  return segment;
+}
+
+// What a tile of rows is for every output, chunk by chunk of inputs.
+struct Prepared {
+  uint8_t* data;  // of row r at r * stride
+  int64_t stride;
+  float* unit;      // [row][segment]
+  int32_t* offset;  // [row][segment]: what the levels' zero adds to a sum
+  int64_t segments;
+};
+
+// One shape of the kernel. WORDS 4 is the way by levels.
+template <int WORDS, int DIGITS, bool FORM>
+struct Kernel {
+  static constexpr bool kTables = WORDS < 4;
+  static constexpr int kInputBytes = kTables ? 4 * WORDS * DIGITS : DIGITS;  // of a prepared input
+  static constexpr int kRows = kRowsOfTile<WORDS, DIGITS>;
+
+  const PackedMatrix& weight;
+  const uint8_t* repacked;
+  const Levels& levels;
+  const Coefficients coefficients;  // of tables
+
+  Kernel(const PackedMatrix& weight_, const uint8_t* repacked_, const Levels& levels_)
+      : weight(weight_), repacked(repacked_), levels(levels_), coefficients(weight.levels, kTables ? WORDS : 1) {}
+
+  // False where the row has no such unit.
+  bool prepare(const float* x, int words, int segment_words, uint8_t* data, float* unit,
+               int32_t* offset) const {
+    constexpr float kMost = DIGITS == 1 ? 127.0f : 32700.0f;
+    for (int w = 0; w < words; w += segment_words) {
+      const int count = std::min(segment_words, words - w);
+      float most;
+      if constexpr (kTables) {
+        most = largest_sum<WORDS>(x + w * 32, count * 32);
+      } else {
+        most = largest_input<DIGITS>(x + w * 32, count * 32, levels);
+      }
+      const bool zero = most == 0;
+      if (!(zero || (most >= kLeast && most <= __FLT_MAX__ / 2))) return false;
+      const float inverse = zero ? 0 : kMost / most;
+      *unit++ = zero ? 0 : most / kMost * (kTables ? 1 : unit_of<DIGITS>(levels));
+      uint8_t* to = data + w * 32 * kInputBytes;
+      if constexpr (kTables) {
+        build_tables<WORDS, DIGITS>(x + w * 32, count, inverse, coefficients, to);
+      } else {
+        *offset++ = quantize<DIGITS>(x + w * 32, count, inverse, levels, to);
+      }
+    }
+    return true;
+  }
+
+  // totals[r][16 v + lane] += the product over the prepared words, from word0 on.
+  template <int MR, int NV>
+  void add(const Prepared& tile, int64_t output, int64_t word0, int words, int segment_words,
+           float* totals, int64_t totals_stride) const {
+    const int64_t step = padded(weight.k) / 32 * WORDS * 64;
+    alignas(64) float scale[kMostSegments * 16 * NV];
+    if (weight.group_size > 0) group_scales<NV>(output, word0, words, segment_words, scale);
+    const Block block{repacked + output / 16 * step + word0 * WORDS * 64, step, tile.data, tile.stride, words,
+                      segment_words, tile.unit, tile.offset, tile.segments,
+                      weight.group_size > 0 ? scale : nullptr, totals, totals_stride};
+    if constexpr (kTables) {
+      add_tables<WORDS, DIGITS, MR, NV>(block);
+    } else {
+      add_levels<DIGITS, FORM, MR, NV>(block, levels);
+    }
+  }
+
+  // Scales of 16 NV outputs, segment by segment.
+  template <int NV>
+  void group_scales(int64_t output, int64_t word0, int words, int segment_words, float* scale) const {
+    const int64_t groups = (weight.k + weight.group_size - 1) / weight.group_size;
+    for (int w = 0; w < words; w += segment_words) {
+      const int64_t group = (word0 + w) * 32 / weight.group_size;
+      for (int i = 0; i < 16 * NV; ++i) {
+        const int64_t n = std::min(output + i, weight.n - 1);
+        *scale++ = rounded(weight.scale[n * groups + group], weight.round_scale);
+      }
+    }
+  }
+
+  template <int MR>
+  void add_outputs(const Prepared& tile, int64_t begin, int64_t end, int64_t word0, int words,
+                   int segment_words, float* totals, int64_t stride) const {
+    constexpr int kWide = kVectors<WORDS, DIGITS, MR>;
+    int64_t n = begin;
+    for (; n + 16 * kWide <= end; n += 16 * kWide) {
+      add<MR, kWide>(tile, n, word0, words, segment_words, totals + n - begin, stride);
+    }
+    for (; n < end; n += 16) add<MR, 1>(tile, n, word0, words, segment_words, totals + n - begin, stride);
+  }
+
+  bool run(const Product& product, Buffer& buffer, Buffer& totals_buffer) const {
+    const int64_t words = product.row_stride / 32, width = (product.end - product.begin + 15) / 16 * 16;
+    const int segment_words = segment_of(weight.group_size, kSegment<WORDS, DIGITS, FORM>) / 32;
+    const int rows = std::min(product.count, kRows);
+    int64_t chunk = kPrepared / (32 * kInputBytes * rows) / segment_words * segment_words;
+    chunk = std::clamp<int64_t>(chunk, segment_words, kMostSegments * segment_words);
+    chunk = std::min(chunk, words);
+    const int64_t segments = (chunk + segment_words - 1) / segment_words;
+    Prepared tile;
+    // Rows a multiple of 4096 bytes apart share the cache's sets: a third slower.
+    tile.stride = (chunk * 32 * kInputBytes + 1023) / 1024 * 1024 + 256;
+    tile.segments = segments;
+    float* memory = buffer.take((tile.stride * kRows) / 4 + 2 * segments * kRows);
+    tile.data = reinterpret_cast<uint8_t*>(memory);
+    tile.unit = memory + tile.stride * kRows / 4;
+    tile.offset = reinterpret_cast<int32_t*>(tile.unit + segments * kRows);
+    float* totals = totals_buffer.take(product.count * width);
+    std::memset(totals, 0, product.count * width * sizeof(float));
+    for (int r = 0; r < product.count; r += kRows) {
+      const int count = std::min(product.count - r, kRows);
+      for (int64_t word = 0; word < words; word += chunk) {
+        const int now = static_cast<int>(std::min(chunk, words - word));
+        for (int i = 0; i < count; ++i) {
+          const float* x = product.rows + (r + i) * product.row_stride + word * 32;
+          if (!prepare(x, now, segment_words, tile.data + i * tile.stride, tile.unit + i * segments,
+                       tile.offset + i * segments)) {
+            return false;
+          }
+        }
+        const auto add_rows = [&](auto mr) {
+          if constexpr (mr <= kRows) {
+            if (count != mr) return;
+            add_outputs<mr>(tile, product.begin, product.begin + width, word, now, segment_words,
+                            totals + r * width, width);
+          }
+        };
+        add_rows(std::integral_constant<int, 1>{});
+        add_rows(std::integral_constant<int, 2>{});
+        add_rows(std::integral_constant<int, 3>{});
+        add_rows(std::integral_constant<int, 4>{});
+      }
+    }
+    finish(product, totals, width);
+    return true;
+  }
+
+  void finish(const Product& product, const float* totals, int64_t width) const {
+    const int64_t count = product.end - product.begin;
+    for (int r = 0; r < product.count; ++r) {
+      float* __restrict out = product.out + r * product.out_stride;
+      const float* __restrict from = totals + r * width;
+      if (weight.group_size == -1) {
+        const float* scale = weight.scale + product.begin;
+        for (int64_t i = 0; i < count; ++i) out[i] = from[i] * rounded(scale[i], weight.round_scale);
+      } else {
+        const float scale = weight.group_size == 0 ? rounded(*weight.scale, weight.round_scale) : 1.0f;
+        for (int64_t i = 0; i < count; ++i) out[i] = from[i] * scale;
+      }
+      if (weight.bias) {
+        const float* __restrict bias = weight.bias + product.begin;
+        for (int64_t i = 0; i < count; ++i) out[i] += bias[i];
+      }
+    }
+  }
+};
+
+template <int WORDS, int DIGITS, bool FORM>
+bool run(const PackedMatrix& weight, const uint8_t* repacked, const Levels& levels, const Product& product,
+         Int8Workspace& space) {
+  return Kernel<WORDS, DIGITS, FORM>(weight, repacked, levels).run(product, space.prepared, space.totals);
+}
+
+template <int DIGITS>
+bool multiply_with(const PackedMatrix& weight, const uint8_t* repacked, Accuracy accuracy,
+                   const Product& product) {
+  thread_local Int8Workspace space;
+  const Levels levels = levels_of(weight, accuracy);
+  if (weight.bits == 1) return run<1, DIGITS, false>(weight, repacked, levels, product, space);
+  if (weight.bits == 2) return run<2, DIGITS, false>(weight, repacked, levels, product, space);
+  if constexpr (kTwoForms) {
+    if (levels.wide) return run<4, DIGITS, true>(weight, repacked, levels, product, space);
+  }
+  return run<4, DIGITS, false>(weight, repacked, levels, product, space);
+}
+
+static bool multiply_packed(const PackedMatrix& weight, const uint8_t* repacked, Accuracy accuracy,
+                            const Product& product) {
+  const auto multiply = accuracy == Accuracy::high ? multiply_with<2> : multiply_with<1>;
+  return multiply(weight, repacked, accuracy, product);
+}
