@@ -171,6 +171,20 @@ def test_results_of_another_version_are_not_written_over(capsys, tmp_path, conte
     assert path.read_text() == content
 
 
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_every_row_has_a_method_and_a_rate(study):
+    keys = [row.key for row in study.rows]
+    assert len(keys) == len(set(keys))
+    for name, plan in study.plans.items():
+        for key in plan.rows or keys:
+            row = study.row(key)
+            config = study.config(row, plan, lr=0.1, seed=0, epochs=plan.epochs, device="cpu")
+            assert config.method == row.settings["method"], name
+            assert not row.like or not study.row(row.like).like
+    for item in study.comparisons:
+        assert {item.ours, item.theirs} <= set(keys)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, mnist):
     """Small sets in the original formats of every table's data, by table."""

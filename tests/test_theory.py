@@ -9,6 +9,7 @@ from torch import nn
 
 import blaq
 import blaq_kernels  # noqa: F401
+from blaq.reproduce.toy import HESSIAN, OPTIMUM, loss, train_toy
 
 ops = torch.ops.blaq
 
@@ -57,33 +58,6 @@ def test_quadratic_is_stable_up_to_its_limit_and_not_beyond(backtrack, limit):
         assert (w.abs().item() < 1e-2) is stable
 
 
-HESSIAN, OPTIMUM = torch.tensor([10.0, 2.0]), torch.tensor([0.054, -0.055])
-
-
-def figure_1(backtrack, eta, starts=200, steps=200):
-    """Sign flips of each start, and the weights at the end: ℓ = 5(ω₁ - 0.054)² + (ω₂ + 0.055)²."""
-    generator = torch.Generator().manual_seed(0)
-    latent = torch.rand(starts, 2, generator=generator) * 1.2 - 0.6
-    d = (HESSIAN / eta).expand(starts, 2).contiguous()
-
-    def quantize(w):
-        codes, scale = ops.solve(w, d, None, [1.0], -1, 1, "alternating")
-        return codes, ops.fake_quantize(w, scale, [1.0], -1)
-
-    codes, weight = quantize(latent)
-    flips = torch.zeros(starts)
-    for _ in range(steps):
-        grad = (weight - OPTIMUM) * HESSIAN
-        if backtrack < 1:
-            _, trial_weight = quantize(ops.scaled_update(latent, grad, d))
-            grad = ops.blend(grad, (trial_weight - OPTIMUM) * HESSIAN, backtrack)
-        latent = ops.scaled_update(latent, grad, d)
-        before = codes
-        codes, weight = quantize(latent)
-        flips += (codes != before).sum(1)
-    return flips, weight
-
-
 # Mean flips measured once on other random starts, with half a unit of its last digit.
 FIGURE_1 = [(1.9, 1.0, 72, 0.5), (1.9, 0.9, 5.3, 0.05), (1.9, 0.75, 1.3, 0.05),
             (1.9, 0.6, 1.3, 0.05), (0.3, 1.0, 2.9, 0.05), (0.3, 0.6, 1.0, 0.05)]
@@ -91,7 +65,7 @@ FIGURE_1 = [(1.9, 1.0, 72, 0.5), (1.9, 0.9, 5.3, 0.05), (1.9, 0.75, 1.3, 0.05),
 
 @pytest.mark.parametrize("eta,backtrack,expected,rounding", FIGURE_1)
 def test_figure_1_sign_flips(eta, backtrack, expected, rounding):
-    flips, weight = figure_1(backtrack, eta)
+    flips, _, _ = train_toy(backtrack, eta)
     # Two independent means of 200 starts: 4 standard errors of their difference, and the rounding.
     tolerance = 4 * math.sqrt(2) * (flips.std() / math.sqrt(len(flips))).item() + rounding
     assert abs(flips.mean().item() - expected) < tolerance
@@ -100,16 +74,16 @@ def test_figure_1_sign_flips(eta, backtrack, expected, rounding):
 def test_figure_1_optimum():
     """α = 0.0541667, β = (+, -). The loss still has a slope there in each latent weight (only their
     sum is balanced), so latents go on drifting and a few starts have just left it again."""
-    _, weight = figure_1(0.6, 0.3)
+    _, weight, _ = train_toy(0.6, 0.3)
     error = (weight - torch.tensor([0.0541667, -0.0541667])).abs().amax(1)
     settled = weight[error < 1e-5]
     assert len(settled) > 0.9 * len(weight)
-    loss = (settled - OPTIMUM).square() @ (HESSIAN / 2)
-    torch.testing.assert_close(loss, torch.full_like(loss, 8.33e-7), rtol=1e-2, atol=0)
+    value = loss(settled)
+    torch.testing.assert_close(value, torch.full_like(value, 8.33e-7), rtol=1e-2, atol=0)
 
 
 def test_figure_1_blaq_flips_fewer_signs_than_laq():
-    laq, blaq_flips = figure_1(1.0, 1.9)[0], figure_1(0.6, 1.9)[0]
+    laq, blaq_flips = train_toy(1.0, 1.9).flips, train_toy(0.6, 1.9).flips
     assert laq.mean() > 20 * blaq_flips.mean()
 
 
@@ -122,9 +96,9 @@ def test_blaq_calms_an_overshooting_optimizer():
 
         def closure():
             opt.zero_grad()
-            loss = (HESSIAN / 2 * (weight - OPTIMUM).square()).sum()
-            loss.backward()
-            return loss
+            value = loss(weight)
+            value.backward()
+            return value
 
         total = 0.0
         for _ in range(100):

@@ -8,6 +8,7 @@ whose networks BLAQ's paper borrows; its own learning rates and epochs are not p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .study import Comparison, Plan, Row, Study
 
@@ -51,16 +52,30 @@ TWO_BITS = (Row("laq-2bit", "LAQ, 2 bits", {"method": "laq", "bits": 2}, project
             _blaq("blaq-2bit", "BLAQ, 2 bits", project=True, like="blaq", bits=2),
             _blaq("blaq-2bit-exact", "BLAQ, 2 bits, exact solve", project=True, like="blaq", bits=2,
                   solve="exact"))
-OTHERS = (Row("blaq-one-pass", "BLAQ in one pass", {"method": "blaq-one-pass"}, project=True,
-              like="laq"),
-          Row("lat-exact", "LAT exact, ternary", {"method": "lat-exact"}, project=True, like="laq"),
-          Row("twn", "TWN, ternary", {"method": "twn"}, project=True, like="bwn"))
+ONE_PASS = Row("blaq-one-pass", "BLAQ in one pass", {"method": "blaq-one-pass"}, project=True,
+               like="laq")
+REPORTED = {"dc": 99.26, "admm-pruning": 99.20, "alq": 99.12}
+"""The paper's comparators on LeNet-5, at widths of their own."""
+COMPARATORS = tuple(Row(name, f"{name}, {text}", {"method": name}, REPORTED.get(name),
+                        evaluations=2 if name == "saq" else 1) for name, text in (
+    ("error-compensation", "1 bit"), ("admm", "1 bit"), ("bc-stochastic", "1 bit"),
+    ("lat-approximate", "ternary"), ("lat-exact", "ternary"), ("lat2-approximate", "ternary"),
+    ("lat2-exact", "ternary"), ("twn", "ternary"), ("twn-exact", "ternary"), ("trq", "ternary"),
+    ("lr-net", "ternary"), ("paretoq-ternary", "ternary"), ("lq-net", "2 bits"),
+    ("qil", "2 bits"), ("paretoq", "2 bits"), ("laq-linear", "3 bits"), ("laq-log", "3 bits"),
+    ("octav", "4 bits"), ("lsq", "4 bits"), ("ewgs", "4 bits"), ("lotion", "4 bits"),
+    ("noise-tempering", "4 bits"), ("saq", "4 bits"), ("lsq-dampened", "4 bits"),
+    ("lsq-frozen", "4 bits"), ("dsq", "1 bit"), ("dsq-learned", "1 bit"), ("alq", "4 bits and less"),
+    ("aq", "mixed"), ("dc", "4 bits and pruned"), ("admm-pruning", "pruned")))
+"""Every other method, at its own width, each with a sweep of its own: in the full budget, or by
+``--rows``."""
 QUICK = {"width": 0.05, "batch_size": 20}
 
 MLP = Study(
     "table3", "4-layer MLP on MNIST", "mnist",
     {"model": "mlp4", "batch_size": 100, **LAB},
-    (*_one_bit(98.81, 98.72, 98.69, 98.82, 99.11), *BACKTRACKS, *ROW_SCALES),
+    (*_one_bit(98.81, 98.72, 98.69, 98.82, 99.11), *BACKTRACKS, *ROW_SCALES, ONE_PASS,
+     *(replace(row, paper=None) for row in COMPARATORS)),
     {"quick": Plan(2, 2, (3e-3, 1e-2), 1, 60, ("fp", "bc", "laq", "laq-2x", "blaq"), QUICK, 40,
                    160),
      "brief": Plan(3, 3, (3e-3, 1e-2, 3e-2), 2, 10_000,
@@ -77,7 +92,8 @@ LENET = Study(
     "table4", "LeNet-5 on MNIST, 1 bit", "mnist",
     {"model": "lenet5", "batch_size": 100, "schedule": "cosine"},
     (*(row for row in _one_bit(99.19, None, None, None, 99.38) if row.key != "bc"),
-     *BACKTRACKS, *ROW_SCALES, *TWO_BITS, *OTHERS),
+     *BACKTRACKS, *ROW_SCALES, *TWO_BITS, ONE_PASS,
+     *(row for row in COMPARATORS if row.key != "bc-stochastic")),
     {"quick": Plan(2, 2, (3e-3, 1e-2), 1, 60, ("fp", "laq", "laq-2x", "blaq"),
                    {**QUICK, "width": 0.2}, 40, 160),
      "brief": Plan(2, 3, (3e-3, 1e-2, 3e-2), 2, 10_000,
@@ -92,14 +108,14 @@ LENET = Study(
      Comparison("a scale for each row is above one for a layer, LAQ", "laq-rows", "laq"),
      Comparison("a scale for each row is above one for a layer, BLAQ", "blaq-rows", "blaq")))
 """Cross-entropy, batch 100, cosine schedule. BinaryConnect is not here: its weights of ±1 without a
-scale need batch norm, which LeNet-5 lacks. The paper's comparators are DC 99.26, ADMM 99.20, ALQ
-99.12, copied from their papers."""
+scale need batch norm, which LeNet-5 lacks."""
 
 SMALL = Plan(2, 2, (3e-3, 1e-2), 1, 60, ("fp", "laq", "laq-2x", "blaq"), QUICK, 40, 160)
 ONE_BIT_CIFAR = (
     *_one_bit(92.8, 90.1, 89.5, 89.5, 91.5), *BACKTRACKS, *ROW_SCALES, *TWO_BITS,
-    Row("alq", "ALQ, 1 bit", {"method": "alq", "bits": 1}, 90.9),
-    Row("twn", "TWN, ternary", {"method": "twn"}, project=True, like="bwn"))
+    Row("trq", "TRQ, ternary", {"method": "trq"}, 91.2),
+    Row("aq", "AQ, mixed", {"method": "aq"}, 90.9),
+    Row("alq", "ALQ, 4 bits and less", {"method": "alq"}, 90.9))
 
 CIFAR = Study(
     "table2", "VGG on CIFAR-10, ALQ's recipe", "cifar10",
@@ -146,7 +162,13 @@ IMAGENET = Study(
      Row("laq", "LAQ, 1 bit", {"method": "laq"}),
      Row("laq-2x", "LAQ, 1 bit, twice the epochs", {"method": "laq"}, like="laq", epochs=2),
      _blaq("blaq", "BLAQ, 1 bit, a = 0.9", paper=66.73, backtrack=0.9, max_iter=10),
+     Row("lr-net", "LR-net, 1 bit", {"method": "lr-net", "bits": 1}, 59.9),
+     Row("dsq", "DSQ, 1 bit", {"method": "dsq", "bits": 1}, 63.7),
      Row("twn", "TWN, ternary", {"method": "twn"}, 61.8),
+     Row("lr-net-2bit", "LR-net, ternary", {"method": "lr-net", "bits": 2}, 63.5),
+     Row("lq-net", "LQ-Net, 2 bits", {"method": "lq-net"}, 68.0),
+     Row("qil", "QIL, 2 bits", {"method": "qil"}, 68.1),
+     Row("octav", "OCTAV, 4 bits", {"method": "octav"}, 69.17),
      Row("alq-2bit", "ALQ, 2 bits", {"method": "alq", "bits": 2}, 68.9, like="alq"),
      Row("laq-2bit", "LAQ, 2 bits", {"method": "laq", "bits": 2}, like="laq"),
      _blaq("blaq-2bit", "BLAQ, 2 bits, a = 0.9", paper=69.62, like="blaq", bits=2,
