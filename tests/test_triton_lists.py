@@ -6,6 +6,7 @@ from step_cases import (  # noqa: F401 (fixtures)
     DEVICE, STATE, make_state, scalar, tail,
 )
 
+from blaq_kernels import tables
 from blaq_kernels.triton import launch, plan, settle
 from blaq_kernels.triton.blend import blend
 from blaq_kernels.triton.fused_step import fused_step
@@ -87,43 +88,43 @@ def test_tables_are_kept_by_their_addresses():
     levels = [0.5, 1.0]
     state = make_state(levels, -1, torch.float32)
     arguments = tail(levels, -1) | {"backtrack": scalar(0.6)}
-    plan.tables._kept.clear()
+    tables.tables._kept.clear()
     for _ in range(3):
         fused_step(**state, **arguments)
-    kept = len(plan.tables._kept)
+    kept = len(tables.tables._kept)
     state["grads"] = [g.clone() for g in state["grads"]]
     fused_step(**state, **arguments)
-    assert kept < len(plan.tables._kept) <= 2 * kept <= plan.KEPT
+    assert kept < len(tables.tables._kept) <= 2 * kept <= tables.KEPT
 
 
 def test_a_table_that_a_graph_reads_stays(monkeypatch):
     """Also where an eager call made it; one that a graph uploads is not there before a replay."""
-    tables, captures = plan.Tables(), False
-    monkeypatch.setattr(plan.launch, "capturing", lambda device: captures)
+    own, captures = tables.Tables(), False
+    monkeypatch.setattr(tables.devices, "capturing", lambda device: captures)
     part, = plan.parts((((4, 8), torch.float32, True),), -1)
     device = torch.device("cpu")
 
     def get(start):
-        return tables.get(part, device, [(start + i,) for i in range(7)])[0]
+        return own.get(part, device, [(start + i,) for i in range(7)])[0]
 
     eager = get(0)
     captures = True
     assert get(0) is eager and get(16) is not get(16)
     captures = False
-    for start in range(32, 32 + plan.KEPT + 1):
+    for start in range(32, 32 + tables.KEPT + 1):
         get(start)
-    assert get(0) is not eager and any(kept.there is eager for kept in tables._captured.values())
-    assert not any(kept.there is get(16) for kept in tables._captured.values())
+    assert get(0) is not eager and any(kept.there is eager for kept in own._captured.values())
+    assert not any(kept.there is get(16) for kept in own._captured.values())
 
 
 def test_another_stream_does_not_read_a_table_that_may_not_be_there(monkeypatch):
-    tables, stream = plan.Tables(), 1
-    monkeypatch.setattr(plan.launch, "stream_of", lambda device: stream)
+    own, stream = tables.Tables(), 1
+    monkeypatch.setattr(tables.devices, "stream_of", lambda device: stream)
     part, = plan.parts((((4, 8), torch.float32, True),), -1)
-    first = tables.get(part, torch.device("cpu"), [(0,)] * 7)[0]
-    assert tables.get(part, torch.device("cpu"), [(0,)] * 7)[0] is first
+    first = own.get(part, torch.device("cpu"), [(0,)] * 7)[0]
+    assert own.get(part, torch.device("cpu"), [(0,)] * 7)[0] is first
     stream = 2
-    assert tables.get(part, torch.device("cpu"), [(0,)] * 7)[0] is not first
+    assert own.get(part, torch.device("cpu"), [(0,)] * 7)[0] is not first
 
 
 def test_a_known_list_is_still_checked_for_what_may_have_changed():

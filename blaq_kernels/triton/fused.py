@@ -1,185 +1,80 @@
-"""Host side of the two step ops: what is checked, prepared and launched for a list of weights."""
+"""The two step ops in Triton's kernels: what is launched for a part of a list."""
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..schemas import check_flips, require
+from .. import step_lists
+from ..step_lists import Stage, Weights
 from . import launch
 from .long_groups import step_long_groups, write_long_groups
-from .plan import KEPT, Part, parts, tables
+from .plan import Part, parts
 from .settle import Workspace, settle
 from .short_groups import step_short_groups
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One call of a step op, its arguments checked; ``lists`` in the order of the table's columns."""
+class Triton:
+    """The engine of :mod:`..step_lists`."""
 
-    lists: tuple[Sequence[Tensor], ...]
-    lr: Tensor
-    step: Tensor
-    backtrack: Tensor | None
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    clip: float
-    levels: tuple[float, ...]
-    group_size: int
-    max_iter: int
-    exact: bool
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-    flips: Tensor | None = None
+    def check_device(self, op: str, name: str, x: Tensor) -> None:
+        launch.check_device(op, name, x)
 
-    @property
-    def commits(self) -> bool:
-        return self.backtrack is not None
+    def plan(self, op: str, weights: Weights, group_size: int) -> tuple[Part, ...]:
+        return parts(weights, group_size)
 
-    @property
-    def blends(self) -> bool:
-        return len(self.lists[2]) > 0
-
-    def hyper(self) -> tuple[Any, ...]:
-        """Arguments that every update kernel takes, from beta1 to clip."""
-        clip = self.clip if self.commits and self.clip > 0 else None
-        moments = [x for beta in self.betas
-                   for x in (beta, 1.0 - beta, math.log(beta) if beta > 0 else -math.inf)]
-        return (*moments, self.eps, self.weight_decay, clip)
+    def launch(self, stage: Stage, part: Part, table: Tensor, programs: Tensor,
+               scalars: Sequence[Tensor | None], kept: dict[Part, launch.Launch]) -> None:
+        if not part.short:
+            _run_long(stage, part, table, programs, scalars)
+            return
+        if part not in kept:
+            kept[part] = _short(stage, part)
+        kept[part](table, programs, *scalars, stage.flips)
 
 
-@dataclass(eq=False)
-class Known:
-    """Lists that have passed their rules.
-
-    Attributes:
-        addresses: of every list, in the order of the table's columns.
-        parts: the launches.
-        settings: those that have passed with these lists, and what each part of short groups launches
-            with them.
-    """
-
-    addresses: list[list[int]]
-    parts: tuple[Part, ...]
-    settings: dict[object, dict[Part, launch.Launch]] = field(default_factory=dict)
-
-
-_known: OrderedDict[object, Known] = OrderedDict()
-MOST_SETTINGS = 64  # of a list: a schedule may change one with every step
+ENGINE = Triton()
 
 
 def run(op: str, rules: Callable[..., None], lists: Sequence[Sequence[Tensor]], rest: Sequence[Any],
         stage: Stage) -> None:
-    """Raises what ``rules(*lists, *rest)`` raises, then launches the stage, part by part.
-
-    Lists that have passed are known by addresses, layouts and dtypes, which is all that the rules look
-    at: for 161 weights the rules take most of a call. Settings that have not been seen with them are
-    looked at beside the first tensor of each list.
-    """
-    params = stage.lists[0]
-    key = (op, stage.group_size, params[0].device if params else None, *map(_facts, stage.lists))
-    settings = (*map(_setting, rest), _setting(stage.flips), _value(stage.backtrack))
-    known = _known.get(key)
-    if known is None or settings not in known.settings:
-        rules(*(lists if known is None else [tensors[:1] for tensors in lists]), *rest)
-        if stage.flips is not None:
-            check_flips(op, stage.flips, len(params))
-        if not params:
-            return
-        _check_devices(op, stage)
-        if known is None:
-            known = _known[key] = _plan(stage)
-            if len(_known) > KEPT:  # the first come; to note each use would hash the key again
-                _known.popitem(last=False)
-        if len(known.settings) >= MOST_SETTINGS:
-            known.settings.clear()
-        known.settings[settings] = {}
-    device, launches = params[0].device, known.settings[settings]
-    here = [None if x is None else launch.on_same_device(x, device)
-            for x in (stage.lr, stage.step, stage.backtrack, stage.grad_scale, stage.found_inf)]
-    with launch.on_device_of(params[0]):
-        if stage.flips is not None:
-            stage.flips.zero_()
-        for part in known.parts:
-            table, programs = tables.get(part, device, known.addresses, known)
-            if not part.short:
-                _run_long(stage, part, table, programs, here)
-                continue
-            if part not in launches:
-                launches[part] = _short(stage, part)
-            launches[part](table, programs, *here, stage.flips)
+    step_lists.run(ENGINE, op, rules, lists, rest, stage)
 
 
-def _facts(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    return tuple([(x.data_ptr(), x.shape, x.dtype, x.is_contiguous()) for x in tensors])
-
-
-def _setting(x: Any) -> Any:
-    """What rules and compiled code depend on; of a scalar tensor not the value."""
-    if isinstance(x, Tensor):
-        return x.shape, x.dtype, x.device, x.is_contiguous()
-    return tuple(x) if isinstance(x, list) else x
-
-
-def _value(x: Tensor | None) -> float | None:
-    """Of a scalar, where that takes no waiting: its rules look at it too."""
-    return x.item() if x is not None and x.is_cpu and x.dim() == 0 else None
-
-
-def _plan(stage: Stage) -> Known:
-    addresses = [[x.data_ptr() for x in tensors] for tensors in stage.lists]
-    weights = tuple(
-        (tuple(p.shape), p.dtype, all(column[i] % 16 == 0 for column in addresses[:6] if column))
-        for i, p in enumerate(stage.lists[0]))
-    return Known(addresses, parts(weights, stage.group_size))
+def _hyper(stage: Stage) -> tuple[Any, ...]:
+    """Arguments that every update kernel takes, from beta1 to clip."""
+    clip = stage.clip if stage.commits and stage.clip > 0 else None
+    moments = [x for beta in stage.betas
+               for x in (beta, 1.0 - beta, math.log(beta) if beta > 0 else -math.inf)]
+    return (*moments, stage.eps, stage.weight_decay, clip)
 
 
 def _short(stage: Stage, part: Part) -> launch.Launch:
     return launch.Launch(
-        step_short_groups, (len(part.programs), 1, 1), *stage.hyper(), stage.max_iter,
+        step_short_groups, (len(part.programs), 1, 1), *_hyper(stage), stage.max_iter,
         TYPES[part.dtype], stage.commits, stage.blends, stage.levels, stage.exact, part.tile,
         part.widths, part.aligned, num_warps=part.warps)
 
 
 def _run_long(stage: Stage, part: Part, table: Tensor, programs: Tensor,
-              here: list[Tensor | None]) -> None:
+              here: Sequence[Tensor | None]) -> None:
     several = len(stage.levels) > 1
     work = Workspace.of(part, table.device, several, not stage.commits,
                         stage.flips is not None and several)
     grid, dtype = (programs.numel(),), TYPES[part.dtype]
     tile = {"TILE": part.tile, "ALIGNED": part.aligned, "num_warps": part.warps}
     step_long_groups[grid](
-        table, programs, *here, stage.flips, *stage.hyper(), work.w, work.d, work.codes,
+        table, programs, *here, stage.flips, *_hyper(stage), work.w, work.d, work.codes,
         *work.sums(), dtype, stage.commits, stage.blends, stage.levels, stage.exact and several,
         **tile)
     if several:
         settle(work, table, programs, stage.levels, stage.exact, stage.max_iter - 1, tile)
     write_long_groups[grid](table, programs, here[-1], stage.flips, work.w, work.codes, work.states,
                             dtype, stage.commits, stage.levels, **tile)
-
-
-def _check_devices(op: str, stage: Stage) -> None:
-    params = stage.lists[0]
-    launch.check_device(op, "params[0]", params[0])
-    device = params[0].device
-    for i, param in enumerate(params):
-        require(param.device == device, op, f"params[{i}]", f"be on params[0]'s device {device}",
-                param.device)
-    scalars = {"lr": stage.lr, "step": stage.step, "backtrack": stage.backtrack,
-               "grad_scale": stage.grad_scale, "found_inf": stage.found_inf}
-    for name, x in scalars.items():
-        ok = x is None or x.device == device or (x.device.type == "cpu" and x.dim() == 0)
-        require(ok, op, name, f"be on params[0]'s device {device}", x.device if not ok else None)
-    if stage.flips is not None:
-        require(stage.flips.device == device, op, "flips", f"be on params[0]'s device {device}",
-                stage.flips.device)

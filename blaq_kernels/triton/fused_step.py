@@ -1,39 +1,9 @@
-"""torch.ops.blaq.fused_step: stage 2 of BLAQ (AAAI 2024) for a list of weights, Eqs. 9, 10, 8, 7."""
+"""torch.ops.blaq.fused_step: stage 2 of BLAQ (AAAI 2024) for a list of weights, Eqs. 9, 10, 8,
+7."""
 
-from __future__ import annotations
+from functools import partial
 
-from collections.abc import Sequence
+from .. import step_ops
+from .fused import ENGINE
 
-from torch import Tensor
-
-from ..schemas import check_fused_step
-from .fused import Stage, run
-
-
-def fused_step(params: Sequence[Tensor], grads: Sequence[Tensor], trial_grads: Sequence[Tensor],
-               latents: Sequence[Tensor], exp_avgs: Sequence[Tensor],
-               exp_avg_sqs: Sequence[Tensor], scales: Sequence[Tensor], lr: Tensor, step: Tensor,
-               backtrack: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
-               clip: float, levels: Sequence[float], group_size: int, max_iter: int, method: str,
-               grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
-               flips: Tensor | None = None) -> None:
-    """Blends, commits moments, latents and scales, and writes ω̂ into ``params``.
-
-    Without ``trial_grads``, or where ``backtrack`` is 1 when the kernel runs, it is LAQ. Where
-    ``found_inf`` is set nothing changes but ``params``, which go back to the codes of (latent, scale).
-
-    Args:
-        params, latents, exp_avgs, exp_avg_sqs, scales: written; dtypes and shapes as `fused_trial`.
-        grads, trial_grads: as the params; ``trial_grads`` may be empty.
-        lr, step, backtrack, grad_scale, found_inf: read on the device, when the kernel runs.
-        flips: int64 ``[len(params)]``: receives the number of codes that this step changed.
-
-    Raises:
-        ValueError: an argument breaks a rule; the message names it, and nothing has changed.
-    """
-    lists = (params, grads, trial_grads, latents, exp_avgs, exp_avg_sqs, scales)
-    rest = (lr, step, backtrack, beta1, beta2, eps, weight_decay, clip, levels, group_size, max_iter,
-            method, grad_scale, found_inf)
-    run("fused_step", check_fused_step, lists, rest, Stage(
-        lists, lr, step, backtrack, (beta1, beta2), eps, weight_decay, clip, tuple(levels), group_size,
-        max_iter, method == "exact", grad_scale, found_inf, flips))
+fused_step = partial(step_ops.fused_step, ENGINE)

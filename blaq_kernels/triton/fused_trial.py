@@ -1,37 +1,8 @@
 """torch.ops.blaq.fused_trial: stage 1 of BLAQ (AAAI 2024) for a list of weights, Eqs. 6 and 5."""
 
-from __future__ import annotations
+from functools import partial
 
-from collections.abc import Sequence
+from .. import step_ops
+from .fused import ENGINE
 
-from torch import Tensor
-
-from ..schemas import check_fused_trial
-from .fused import Stage, run
-
-
-def fused_trial(params: Sequence[Tensor], grads: Sequence[Tensor], latents: Sequence[Tensor],
-                exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-                scales: Sequence[Tensor], lr: Tensor, step: Tensor, beta1: float, beta2: float,
-                eps: float, weight_decay: float, clip: float, levels: Sequence[float],
-                group_size: int, max_iter: int, method: str, grad_scale: Tensor | None = None,
-                found_inf: Tensor | None = None) -> None:
-    """Writes the trial weights ω̂* into ``params`` and changes nothing else; nothing at all where
-    ``found_inf`` is set. ``clip`` has no part in stage 1.
-
-    Args:
-        params: written; float32, bfloat16 or float16, contiguous, on one device.
-        grads: as the params. latents, exp_avgs, exp_avg_sqs: float32 of the same shapes.
-        scales: float32 ``[1]``, ``[N, 1]`` or ``[N, ceil(K/g)]``: where the alternation begins.
-        lr, step, grad_scale, found_inf: read on the device, when the kernel runs.
-
-    Raises:
-        ValueError: an argument breaks a rule; the message names it, and nothing has changed.
-    """
-    rest = (lr, step, beta1, beta2, eps, weight_decay, clip, levels, group_size, max_iter, method,
-            grad_scale, found_inf)
-    checked = (params, grads, latents, exp_avgs, exp_avg_sqs, scales)
-    lists = (params, grads, (), latents, exp_avgs, exp_avg_sqs, scales)
-    run("fused_trial", check_fused_trial, checked, rest, Stage(
-        lists, lr, step, None, (beta1, beta2), eps, weight_decay, clip, tuple(levels), group_size,
-        max_iter, method == "exact", grad_scale, found_inf))
+fused_trial = partial(step_ops.fused_trial, ENGINE)

@@ -1,17 +1,18 @@
-"""What every launch needs: a device that can run it, and that device as the current one."""
+"""What every launch of Triton's needs: a device that can run it, and code that was compiled
+once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
-from triton.runtime import driver
 
+from ..device import aligned, on_device_of
 from ..schemas import require
+
+__all__ = ["Launch", "aligned", "check_device", "interpreted", "on_device_of"]
 
 
 def interpreted() -> bool:
@@ -25,41 +26,11 @@ def check_device(op: str, name: str, x: Tensor) -> None:
         require(False, op, name, "be on a CUDA device (or TRITON_INTERPRET=1 be set)", x.device)
 
 
-def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of ``x`` current: Triton launches on the current device and stream."""
-    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
-
-
-def stream_of(device: torch.device) -> int:
-    """The current stream of a device, as a number."""
-    return driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph takes what the current stream of the current device is given."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def on_same_device(x: Tensor, device: torch.device) -> Tensor:
-    """A 0-dim tensor as kernels read it. One on the CPU is written to the device without waiting for
-    it: a captured graph replays that value, so what a graph is to follow belongs on the device."""
-    if x.device == device:
-        return x
-    return torch.full((), x.item(), dtype=x.dtype, device=device)
-
-
-def aligned(*tensors: Tensor) -> bool:
-    """Whether every tensor begins where a 128-bit load may."""
-    return all(x.data_ptr() % 16 == 0 for x in tensors)
-
-
 class Launch:
     """A kernel with all its arguments but the tensors, whose types stay those of the first call.
-
-    Triton looks at every argument of every call for the machine code that fits, which takes longer
-    than a small product. Here only addresses differ from call to call, and of those only whether each
+ Triton looks at every argument of every call for the machine code that fits, which takes longer
+    than a small product. Here only addresses differ from call to call, and of those only whether
+    each
     is a multiple of 16: where all are, what was compiled once is launched.
     """
 

@@ -9,8 +9,7 @@ into chunks, a program each.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,16 +17,13 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..reference import matrix_shape
-from . import launch
 
 TILE_LEAST, TILE_MOST = 2048, 8192
 CHUNK = 4096  # elements of a long group that one program takes
 PER_WARP = 512  # elements: 16 a thread
 NARROWEST = 16
-KEPT = 64  # tables and maps: some eight for each list of an optimizer
 
 # Columns of the table: seven addresses, then numbers.
 PARAM, GRAD, TRIAL_GRAD, LATENT, EXP_AVG, EXP_AVG_SQ, SCALE = map(tl.constexpr, range(7))
@@ -120,70 +116,6 @@ def _part(dtype: torch.dtype, short: bool, aligned: bool, found: list[tuple[int,
     return Part(dtype, short, aligned, indices, table,
                 np.repeat(np.arange(len(shapes), dtype=np.int32), counts), tile, widths, group,
                 element)
-
-
-@dataclass(frozen=True)
-class Upload:
-    """An array on a device, what it came from, and the stream that knows it to be there."""
-
-    there: Tensor
-    source: Tensor  # pinned; a graph that captured the copy reads it again with every replay
-    stream: int
-    part: Part  # whose id is in the key: must stay its own
-
-
-class Tables:
-    """Arrays on the device, kept by what is in them; the least recently used go first."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[object, Upload] = OrderedDict()
-        self._captured: dict[int, Upload] = {}
-
-    def get(self, part: Part, device: torch.device, columns: Sequence[Sequence[int]],
-            key: object = None) -> tuple[Tensor, Tensor]:
-        """Table and program map of a part. ``columns``: the addresses, of whole lists, in the order
-        of the table's columns; an empty one stays zero. ``key``: an object that stands for them, where
-        comparing so many takes too long."""
-        def table() -> np.ndarray:
-            values = part.table.copy()
-            for c, column in enumerate(columns):
-                if column:
-                    values[:, c] = [column[i] for i in part.indices]
-            return values
-
-        # The map is long and has no address: gradients that move from step to step leave it there.
-        key = tuple(map(tuple, columns)) if key is None else key
-        return (self._there((id(part), device, key), part, device, table),
-                self._there((id(part), device), part, device, lambda: part.programs))
-
-    def _there(self, key: object, part: Part, device: torch.device,
-               values: Callable[[], np.ndarray]) -> Tensor:
-        stream = launch.stream_of(device)
-        found = self._kept.get(key)
-        if launch.capturing(device):
-            # A graph reads it as often as it is replayed, so it stays. One that the graph itself
-            # uploads is not there before a replay: other calls must not find it.
-            found = found or _upload(values(), device, stream, part)
-            self._captured[id(found)] = found
-            return found.there
-        if found is None or found.stream != stream:  # another stream may not have waited for the copy
-            found = self._kept[key] = _upload(values(), device, stream, part)
-        self._kept.move_to_end(key)
-        if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        return found.there
-
-
-def _upload(values: np.ndarray, device: torch.device, stream: int, part: Part) -> Upload:
-    """A copy, without waiting for the device."""
-    source = torch.from_numpy(values)
-    if device.type != "cuda":
-        return Upload(source, source, stream, part)
-    source = source.pin_memory()
-    return Upload(source.to(device, non_blocking=True), source, stream, part)
-
-
-tables = Tables()
 
 
 @triton.jit

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..reference import SCALE_TINY, scale_shape
 from ..schemas import check_solve
+from ..tables import tables
 from . import launch
 from .long_groups import code_long_groups, sum_long_groups
-from .plan import Part, parts, tables
+from .plan import Part, parts
 from .settle import Workspace, settle
 from .short_groups import solve_short_groups
 

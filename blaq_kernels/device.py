@@ -1,0 +1,40 @@
+"""What host code of GPU kernels asks of a device: whether it is the current one, its stream, its
+scalars."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of ``x`` current: kernels are launched on the current device and stream."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a device, as a number."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph takes what the current stream of the current device is given."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def on_same_device(x: Tensor, device: torch.device) -> Tensor:
+    """A 0-dim tensor as kernels read it. One on the CPU is written to the device without waiting
+    for
+    it: a captured graph replays that value, so what a graph is to follow belongs on the device."""
+    if x.device == device:
+        return x
+    return torch.full((), x.item(), dtype=x.dtype, device=device)
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether every tensor begins where a 128-bit load may."""
+    return all(x.data_ptr() % 16 == 0 for x in tensors)
