@@ -23,6 +23,7 @@ struct StepScalars {
   float backtrack, one_minus_backtrack;
   float inverse_grad_scale;
 
+  StepScalars() = default;
   StepScalars(double lr, double step, double b1, double b2, double epsilon, double weight_decay,
               double clip_at, double a, double grad_scale)
       : beta1(b1), beta2(b2), one_minus_beta1(1 - b1), one_minus_beta2(1 - b2),

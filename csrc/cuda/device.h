@@ -126,6 +126,29 @@ BLAQ_DEVICE uint4 load_stream(const void* address) {
 #endif
 }
 
+// 16 bytes of global memory, and in the order of the source: where an address comes out of a table, nvcc
+// does not know which memory it is into.
+BLAQ_DEVICE uint4 load_16(const void* address) {
+#if defined(__CUDA_ARCH__)
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+  return v;
+#else
+  emulate::check_aligned(address, 16, "load_16");
+  return *static_cast<const uint4*>(address);
+#endif
+}
+BLAQ_DEVICE void store_16(void* address, uint4 v) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w) : "memory");
+#else
+  emulate::check_aligned(address, 16, "store_16");
+  *static_cast<uint4*>(address) = v;
+#endif
+}
+
 // Global memory to shared, 16 bytes, without registers: the first `bytes` of them, then zeros. There
 // after cp_async_wait and a barrier.
 BLAQ_DEVICE void cp_async(void* to, const void* from, int bytes = 16) {
