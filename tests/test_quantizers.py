@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from blaq.methods.dsq import LearnedSoftStep, SoftStep, soft_step
+from blaq.methods.dsq import LearnedSoftStep, SoftStep, slope_of_soft_step, soft_step
 from blaq.methods.grouped import scaled_gradient
 from blaq.methods.lotion import RandomizedRounding
 from blaq.methods.lq_net import LearnedBasis, nearest, refit
@@ -156,6 +156,23 @@ def test_octav_minimises_its_objective(bits, signed):
     assert objective(found) <= min(map(objective, grid)) * 1.004
 
 
+def test_octav_follows_its_weights():
+    """From its last clip, also when that lies beyond the largest weight by now."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 40, generator=generator)
+    quantizer = OptimalClip(weight, 3)
+    for factor in (1.001, 1.05, 0.01, 0.01):
+        weight = weight * factor
+        quantizer(weight)
+    for _ in range(3):
+        quantizer(weight)
+    best = optimal_clip(weight.reshape(1, -1), 3)
+    torch.testing.assert_close(quantizer.clip, best)
+    kept = quantizer.clip.clone()
+    assert torch.equal(quantizer.eval()(2 * weight), quantizer(2 * weight))
+    assert torch.equal(quantizer.clip, kept)
+
+
 def test_octav_by_hand():
     quantizer = OptimalClip(WEIGHT, 2)
     clip = optimal_clip(WEIGHT.reshape(1, -1), 2).item()
@@ -259,6 +276,10 @@ def test_dsq_gradients_by_finite_differences():
         lambda x, low, high, softness: soft_step(x, low, high, 2, softness)[0], arguments)
     soft_step(arguments[0], *arguments[1:3], 2, arguments[3])[0].sum().backward()
     assert x.grad[0, 5:].tolist() == [0.0, 0.0]  # outside
+    with torch.no_grad():
+        slope, hard = slope_of_soft_step(x, *arguments[1:3], 2, 0.3)
+    torch.testing.assert_close(slope, x.grad)
+    torch.testing.assert_close(hard, soft_step(*arguments[:3], 2, 0.3)[1])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])

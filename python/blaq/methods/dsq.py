@@ -15,6 +15,7 @@ Forward: the nearest of 2^b even steps from l to u. Backward: the derivative of 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ from .lsq import TINY
 from .octav import optimal_clip
 from .quantizer import QuantizerMethod, straight_through
 
-__all__ = ["DSQ", "LearnedDSQ", "LearnedSoftStep", "SoftStep", "soft_step"]
+__all__ = ["DSQ", "LearnedDSQ", "LearnedSoftStep", "SoftStep", "slope_of_soft_step",
+           "soft_step"]
+
+SOFTNESS = 0.4  # MQBench's
 
 
 def soft_step(values: Tensor, low: Tensor, high: Tensor, bits: int,
@@ -57,6 +61,20 @@ def soft_step(values: Tensor, low: Tensor, high: Tensor, bits: int,
     with torch.no_grad():
         hard = low + delta * (interval + (place - interval >= 0.5))
     return soft, hard
+
+
+def slope_of_soft_step(values: Tensor, low: Tensor, high: Tensor, bits: int,
+                       softness: float) -> tuple[Tensor, Tensor]:
+    """Derivative of :func:`soft_step` to its values, ``½ k Δ (1 - tanh²)/(1 - α)`` inside [l, u],
+    and the hard quantizer."""
+    delta = (high - low) / (2**bits - 1)
+    place = (values - low) / delta
+    interval = place.floor().clamp_(0, 2**bits - 2)
+    hard = low + delta * (interval + (place - interval >= 0.5))
+    sharpness = math.log(2 / softness - 1)  # k Δ
+    slope = torch.tanh(sharpness * (place - interval - 0.5)).square_().neg_().add_(1)
+    slope *= sharpness / (2 * (1 - softness))
+    return slope.masked_fill_((values < low) | (values > high), 0.0), hard
 
 
 class SoftStep(GroupQuantizer):
@@ -98,16 +116,13 @@ class SoftStep(GroupQuantizer):
             self.high.lerp_(self.observed(groups), 0.1)
         return torch.zeros_like(self.high), self.high.clone()
 
-    def softness(self) -> Tensor | float:
-        """α, between 0 and 1."""
-        return 0.4
-
     def quantize(self, groups: Tensor) -> Tensor:
         low, high = self.range(groups)
-        soft, hard = soft_step(groups, low, high, self.bits, self.softness())
-        if self.levels is not None:  # level × scale, as a packed weight is decoded
-            hard = fake_quantize(groups, high.detach().reshape(1), self.levels)
-        return straight_through(soft, hard)
+        with torch.no_grad():  # to the values alone: all derivatives take three times as long
+            slope, hard = slope_of_soft_step(groups, low, high, self.bits, SOFTNESS)
+            if self.levels is not None:  # level × scale, as a packed weight is decoded
+                hard = fake_quantize(groups, high.reshape(1), self.levels)
+        return straight_through(groups * slope, hard)
 
 
 class LearnedSoftStep(SoftStep):
@@ -129,7 +144,12 @@ class LearnedSoftStep(SoftStep):
         return low, torch.maximum(self.high, low + TINY)
 
     def softness(self) -> Tensor:
+        """α, between 0 and 1."""
         return self.softness_logit.sigmoid()
+
+    def quantize(self, groups: Tensor) -> Tensor:
+        low, high = self.range(groups)
+        return straight_through(*soft_step(groups, low, high, self.bits, self.softness()))
 
 
 class DSQ(QuantizerMethod):

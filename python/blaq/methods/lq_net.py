@@ -39,8 +39,10 @@ def nearest(groups: Tensor, levels: Tensor) -> Tensor:
     Returns:
         int64 ``[groups, members]``.
     """
-    middles = (levels[:, 1:] + levels[:, :-1]) / 2
-    return torch.searchsorted(middles, groups.contiguous(), right=True)
+    index = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
+    for middle in ((levels[:, 1:] + levels[:, :-1]) / 2).t():  # few: faster than a search
+        index += groups >= middle[:, None]
+    return index.long()
 
 
 def refit(groups: Tensor, basis: Tensor, encodings: Tensor) -> Tensor:

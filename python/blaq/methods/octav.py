@@ -1,9 +1,9 @@
 """OCTAV, optimally clipped tensors and vectors (Sakr et al., ICML 2022, arXiv 2206.06501).
-
-``Δ clip(round(w/Δ), -2^(b-1), 2^(b-1) - 1)`` with Δ = s · 2^(1-b), for inputs
-``Δ clip(round(x/Δ), 0, 2^b - 1)`` with Δ = s · 2^-b. The clip s of least squared error comes from
-Newton's recursion (:func:`optimal_clip`) anew each time, one for a tensor, and gets no gradient.
-The gradient to weights is magnitude-aware: 1 inside ±s, ``s/|w|`` outside; to inputs piecewise
+ ``Δ clip(round(w/Δ), -2^(b-1), 2^(b-1) - 1)`` with Δ = s · 2^(1-b), for inputs ``Δ clip(round(x/Δ),
+0, 2^b - 1)`` with Δ = s · 2^-b. The clip s of least squared error comes from Newton's recursion
+(:func:`optimal_clip`), in each step of training 3 more of its steps; one for a tensor, without a
+gradient. The gradient to weights is magnitude-aware: 1 inside ±s, ``s/|w|`` outside; to inputs
+piecewise
 linear: 0 outside.
 
 In evaluation inputs keep an average of the training's clips (0.9 of the last: this project's
@@ -25,35 +25,42 @@ from .quantizer import QuantizerMethod, straight_through
 __all__ = ["OCTAV", "OptimalClip", "optimal_clip"]
 
 
-def optimal_clip(groups: Tensor, bits: int, signed: bool = True, iterations: int = 20) -> Tensor:
+def optimal_clip(groups: Tensor, bits: int, signed: bool = True, iterations: int = 20,
+                 start: Tensor | None = None) -> Tensor:
     """Newton's recursion for the clip s of least ``noise + clipping`` error of each group.
 
     ``J(s) = c s² E[0 < |X| <= s] + E[(s - |X|)²; |X| > s]`` with c = 4^-b / 3, the variance of a
-    step of 2s/2^b, or a quarter of it unsigned; from mean|X| on
-    ``s ← E[|X|; |X| > s] / (c E[0 < |X| <= s] + E[|X| > s])``. It stays where nothing is clipped.
-    (The derivative leaves out what moves across the clip: J ends 0.3 % above its minimum at 2
-    bits.)
+    step of 2s/2^b, or a quarter of it unsigned. From mean|X|,
+    ``s ← E[|X|; |X| > s] / (c E[0 < |X| <= s] + E[|X| > s])``. The derivative leaves out what moves
+    across the clip: at 2 bits J ends 0.3 % above its minimum.
 
     Args:
         groups: ``[groups, members]``, floating point.
         bits: width of a quantized value.
         signed: whether the grid has negative values.
         iterations: fixed, so that nothing waits for a device; 20 are enough from mean|X| at 8 bits.
+        start: ``[groups, 1]`` to go on from, in place of mean|X|; beyond the largest it counts for
+            nothing.
 
     Returns:
         ``[groups, 1]``, positive.
     """
     noise = 4.0**-bits / (3 if signed else 12)
     size = groups.abs()
-    clip = size.mean(1, keepdim=True)
+    occupied = (size > 0).sum(1, keepdim=True)
+    mean = size.mean(1, keepdim=True)
+    clip = mean if start is None else start
     for _ in range(iterations):
         above = size > clip
-        inside = ((size > 0) & ~above).sum(1, keepdim=True)
         outside = above.sum(1, keepdim=True)
         sum_outside = (size * above).sum(1, keepdim=True)
-        moved = sum_outside / (noise * inside + outside)
-        clip = torch.where(outside > 0, moved, clip)
+        moved = sum_outside / (noise * (occupied - outside) + outside)
+        clip = torch.where(outside > 0, moved, mean)  # a step never goes past the largest
     return clip.clamp_min(TINY)
+
+
+WARM = 3
+"""Newton steps from the last clip: it moves little between two steps of training."""
 
 
 class OptimalClip(GroupQuantizer):
@@ -71,12 +78,11 @@ class OptimalClip(GroupQuantizer):
         self.clip.copy_(optimal_clip(groups, self.bits, self.signed))
 
     def _clip(self, groups: Tensor) -> Tensor:
-        if self.signed:
-            return optimal_clip(groups, self.bits)
-        if not self.training:
+        if not self.signed and not self.training:
             return self.clip
-        clip = optimal_clip(groups, self.bits, signed=False)
-        self.clip.lerp_(clip, 0.1)
+        clip = optimal_clip(groups, self.bits, self.signed, WARM, self.clip)
+        if self.training:
+            self.clip.lerp_(clip, 1.0 if self.signed else 0.1)
         return clip
 
     def quantize(self, groups: Tensor) -> Tensor:
