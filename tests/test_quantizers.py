@@ -496,16 +496,21 @@ def test_inputs_that_a_method_does_not_quantize():
         StemResidual.of_inputs(2)
 
 
-@pytest.mark.parametrize("kind", [LearnedStep, OptimalClip, LearnedInterval, LearnedBasis,
-                                  SoftStep, LearnedSoftStep])
-@pytest.mark.parametrize("shape", [(3, 7), (4, 3, 2, 2), (2, 1)])
-def test_shapes_devices_and_zeros(kind, shape):
+@pytest.mark.parametrize("kind", [LearnedStep, OptimalClip, LearnedInterval, LearnedBasis, SoftStep,
+                                  LearnedSoftStep, StretchedElastic, StemResidual, RandomWeight,
+                                  RandomizedRounding])
+@pytest.mark.parametrize("shape", [(3, 7), (4, 3, 2, 2), (2, 1), (1, 1)])
+def test_shapes_and_zeros(kind, shape):
     """Any shape of weight; weights and inputs that are all zero stay finite."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert kind(weight, 2)(weight).shape == shape
     zeros = torch.zeros(shape, requires_grad=True)
-    for quantizer in (kind(zeros, 2), kind.of_inputs(2)):
+    quantizers = [kind(zeros.detach(), 2)]
+    if getattr(kind, "input_widths", ()):
+        quantizers.append(kind.of_inputs(2))
+    for quantizer in quantizers:
         output = quantizer(zeros)
         output.sum().backward()
         assert output.isfinite().all() and zeros.grad.isfinite().all()
         assert all(p.grad.isfinite().all() for p in quantizer.parameters())
+        assert quantizer.eval()(zeros).isfinite().all()

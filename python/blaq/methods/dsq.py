@@ -28,8 +28,7 @@ from .lsq import TINY
 from .octav import optimal_clip
 from .quantizer import QuantizerMethod, straight_through
 
-__all__ = ["DSQ", "LearnedDSQ", "LearnedSoftStep", "SoftStep", "slope_of_soft_step",
-           "soft_step"]
+__all__ = ["DSQ", "LearnedDSQ", "LearnedSoftStep", "SoftStep", "slope_of_soft_step", "soft_step"]
 
 SOFTNESS = 0.4  # MQBench's
 
@@ -38,9 +37,9 @@ def soft_step(values: Tensor, low: Tensor, high: Tensor, bits: int,
               softness: Tensor | float) -> tuple[Tensor, Tensor]:
     """DSQ's soft quantizer and the hard one it stands for (Gong et al., ICCV 2019, Eqs. 3-7).
 
-    On [l, u] with ``Δ = (u - l)/(2^b - 1)`` interval i has the middle ``m_i``, and ``φ(x) = tanh(k
-    (x - m_i)) / (1 - α)``, ``k = ln(2/α - 1)/Δ``, is ±1 at its ends. Soft: ``l + Δ(i + (φ +
-    1)/2)``, hard: the same with φ's sign, the nearest level; l below, u above.
+    On [l, u] with ``Δ = (u - l)/(2^b - 1)`` interval i has the middle ``m_i``, and
+    ``φ(x) = tanh(k (x - m_i)) / (1 - α)``, ``k = ln(2/α - 1)/Δ``, is ±1 at its ends. Soft:
+    ``l + Δ(i + (φ + 1)/2)``; hard: the same with φ's sign, the nearest level; l below, u above.
 
     Args:
         values: any shape.

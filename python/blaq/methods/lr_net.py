@@ -1,16 +1,18 @@
 """LR-nets (Shayer, Levi, Fetaya, ICLR 2018, arXiv 1710.07739): learn the distribution of each
 discrete weight by the local reparameterization trick.
-
-A weight is -1, 0 or 1 at random: ``p₀ = σ(θ_a)`` of 0, ``p(+1 | not 0) = σ(θ_b)``; binary has p₀ =
-0. Its mean is ``μ = (1 - p₀)(2σ(θ_b) - 1)``, its variance ``(1 - p₀) - μ²``. By the central limit
-theorem a layer's output is normal, so training draws ``x∗μ + ε √(x²∗σ² + 10⁻⁷)``, and the gradient
-reaches θ without any straight-through. The latent weight is θ_b. Evaluation and what ships take
-each weight's most probable value; batch norm's statistics are estimated for it after every epoch.
+ A weight is -1, 0 or 1 at random: 0 with ``p₀ = σ(θ_a)``, of the others 1 with ``σ(θ_b)``; a binary
+one has p₀ = 0. Its mean is ``μ = (1 - p₀)(2σ(θ_b) - 1)``, its variance ``(1 - p₀) - μ²``. By the
+central limit theorem a layer's output is normal, so training draws ``x∗μ + ε √(x²∗σ² + 10⁻⁷)``, and
+the gradient reaches θ without any straight-through. The latent weight is θ_b. Evaluation and what
+ships take each weight's most probable value; batch norm's statistics are estimated for it after
+every epoch.
 
 It starts from the layer's weights over their standard deviation, w̃:
 ``p₀ = clip(0.95 - 0.9|w̃|, 0.05, 0.95)``, ``σ(θ_b) = clip(½(1 + w̃/(1 - p₀)), 0.05, 0.95)``. Values
 are multiplied by that standard deviation, a constant that batch norm cancels and networks without
 it need. θ has the paper's small L2 (10⁻¹¹) and no other decay.
+
+Their learning rate is 30 times the others': they move by units where weights move by hundredths.
 
 Not implemented: the binary nets' Beta prior; drawing weights at test.
 """
@@ -27,6 +29,7 @@ from torch.optim import Optimizer
 from blaq_kernels.reference import signs
 from blaq_kernels.schemas import require
 
+from .lsq import TINY
 from .norms import EstimatesNorms
 from .quantizer import WeightQuantizer
 
@@ -39,10 +42,13 @@ class RandomWeight(WeightQuantizer):
     def __init__(self, latent: Tensor, bits: int, config: Any = None, options: Any = None) -> None:
         super().__init__(latent, bits, config, options)
         require(bits in (1, 2), "RandomWeight", "bits", "be 1 (binary) or 2 (ternary)", repr(bits))
+        if config is not None:
+            require(config.group_size == 0, "methods", "group_size",
+                    f"not be given for {config.method}, which has its own", config.group_size)
         self.options = {"l2": 1e-11, **(options or {})}
         self.levels = (1.0,) if bits == 1 else (0.0, 1.0)
         self.factor: Tensor
-        self.register_buffer("factor", latent.std(correction=0).reshape(1))
+        self.register_buffer("factor", latent.std(correction=0).clamp_min(TINY).reshape(1))
         zero = (0.95 - 0.9 * (latent / self.factor).abs()).clamp(0.05, 0.95)
         self.zero_logit = nn.Parameter(zero.logit()) if bits == 2 else None
 

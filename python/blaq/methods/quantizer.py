@@ -153,7 +153,8 @@ class QuantizerMethod(Method):
         if self.clips:
             clip_([latent for _, _, latent in self.layers], self.config.clip)
         for _, quantizer, latent in self.layers:
-            quantizer.after_step(latent, self.curvature(latent))
+            if type(quantizer).after_step is not WeightQuantizer.after_step:  # worth a square root
+                quantizer.after_step(latent, self.curvature(latent))
 
     @torch.no_grad()
     def epoch_ended(self, epoch: int) -> None:
