@@ -151,6 +151,8 @@ def test_mistakes(capsys, tmp_path, monkeypatch):
     assert "BLAQ_DATA to the folder that holds mnist/" in fails(capsys, "reproduce", "table4", *out)
     missing = tmp_path / "nowhere"
     assert str(missing) in fails(capsys, "reproduce", "table4", "--data-dir", missing, *out)
+    assert "--rows must not be given for theory, got 'laq'" in fails(
+        capsys, "reproduce", "theory", "--rows", "laq", *out)
     assert "--workers must be at least 1" in fails(
         capsys, "reproduce", "theory", "--workers", 0, *out)
     assert "--limit-minutes must be at least 0" in fails(

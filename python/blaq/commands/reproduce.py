@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--limit-minutes must be at least 0, got {args.limit_minutes}")
     check_device(args.device)
     experiment, path = EXPERIMENTS[args.name], args.out / f"{args.name}.json"
+    if args.rows and not experiment.has_rows:
+        raise ValueError(f"--rows must not be given for {args.name}, got {args.rows!r}")
     if path.exists():
         read_versioned(path)  # another version's is not written over
     args.out.mkdir(parents=True, exist_ok=True)

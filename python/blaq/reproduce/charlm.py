@@ -2,8 +2,8 @@
 
 LAB (Hou et al., ICLR 2017, section 4): 512 units, one-hot characters in, forget bias 1, output
 layer in full precision; each of the eight matrices (input and hidden, for each gate) is quantized
-with a scale of its own. Sequences of 100 characters from a zero state, 100 at a time; gradients clipped to
-±5 each, latent weights to ±1; Adam at 0.002, x 0.98 after each epoch from the tenth on. Text split
+with a scale of its own. Sequences of 100 characters from a zero state, 100 at a time; gradients
+clipped to ±5 each, latent weights to ±1; Adam at 0.002, x 0.98 after each epoch from the tenth on. Text split
 80/10/10. Cross-entropy is in nats a character.
 
 BLAQ's paper has no such experiment: this is its parent's, and the reported values are LAB's.
@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,7 +203,7 @@ def train_charlm(config: CharConfig, text: Text, out: Path, *, deadline: float =
         history.append({**line, "seconds": round(time.perf_counter() - began, 1)})
         state = {"model": model.state_dict(), "method": method.state_dict(),
                  "order": order.get_state(), "history": history, "evaluations": evaluations}
-        write_whole(out / STATE, lambda file, state=state: torch.save(state, file))  # type: ignore[misc]
+        write_whole(out / STATE, partial(torch.save, state))
     return history
 
 

@@ -79,10 +79,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A figure or table."""
+    """A figure or table; ``has_rows``: whether it can be asked for some of its rows."""
 
     title: str
     run: Callable[[Options], Outcome]
+    has_rows: bool = False
 
 
 def _theory(options: Options) -> Outcome:
@@ -103,6 +104,8 @@ def run_table(study: Study, options: Options) -> Outcome:
         options.out, options.workers, options.deadline, options.device, options.init), options.rows)
     plan = study.plans[options.budget]
     note = f"budget {options.budget}: {plan.epochs} epochs"
+    if "width" in plan.settings:
+        note += f", {plan.settings['width']} of the width"
     return Outcome(content, claims_of(study, content, note), table_figure(content, note),
                    content["missing"], table_lines(content))
 
@@ -167,7 +170,7 @@ def table_lines(content: Mapping[str, Any]) -> list[str]:
 
 EXPERIMENTS = {
     "theory": Experiment("what theory says of LAQ and BLAQ, to rounding", _theory),
-    **{name: Experiment(study.title, partial(run_table, study))
+    **{name: Experiment(study.title, partial(run_table, study), has_rows=True)
        for name, study in STUDIES.items()},
     "table1": Experiment("amplitude and frequency of oscillation, LAQ and BLAQ", partial(
         _oscillation, names=("amplitude", "frequency"), draw=swing_figure)),
@@ -175,7 +178,7 @@ EXPERIMENTS = {
         _oscillation, names=("amplitude",), draw=traces_figure)),
     "fig3": Experiment("amplitude and frequency over all weights", partial(
         _oscillation, names=("frequency",), draw=spread_figure)),
-    "fig5": Experiment("training curves, LAQ and BLAQ", _figure_5),
-    "charlm": Experiment("LSTM on War and Peace, LAB's setting", _charlm),
+    "fig5": Experiment("training curves, LAQ and BLAQ", _figure_5, has_rows=True),
+    "charlm": Experiment("LSTM on War and Peace, LAB's setting", _charlm, has_rows=True),
     "fig1": Experiment("zig-zag of two weights between signs", _figure_1),
 }

@@ -53,7 +53,7 @@ def save(made: Any, path: Path) -> None:
 def table_figure(content: Mapping[str, Any], note: str) -> Any:
     """A study's test accuracies: mean and standard deviation over seeds, and the paper's values."""
     rows = content["rows"]
-    made, (axes,) = figure(size=(7.2, 0.32 * max(len(rows), 1) + 1.5))
+    made, (axes,) = figure(size=(7.2, 0.32 * max(len(rows), 1) + 1.7))
     places = np.arange(len(rows))[::-1]
     for place, row in zip(places, rows, strict=True):
         found, key = row["test_accuracy"], row["row"].partition("-")[0]
@@ -71,7 +71,9 @@ def table_figure(content: Mapping[str, Any], note: str) -> Any:
                   markeredgewidth=1.6, label="the paper's, by its own recipe")
     axes.set_yticks(places, [f"{row['label']} ({row['evaluations']:,} gradients)" for row in rows])
     axes.set_ylim(-0.7, len(rows) - 0.3)
-    finish(axes, f"{content['title']} ({note})", "test accuracy in %", "")
+    finish(axes, f"{content['title']} ({note})", "test accuracy in %", "", legend=False)
+    made.legend(*axes.get_legend_handles_labels(), fontsize=8, frameon=False, ncols=2,
+                loc="outside lower center")
     return made
 
 
@@ -139,7 +141,7 @@ def swing_figure(content: Mapping[str, Any]) -> Any:
             axes.bar_label(bars, [f"{row[name]['mean']:.2g}" for row in rows], fontsize=7,
                            padding=2)
         axes.set_xticks([0, 1, 2], ["1", "2", "4"])
-        axes.margins(y=0.15)
+        axes.margins(y=0.3 if axes is panels[0] else 0.15)
         finish(axes, label, "bits", "", legend=axes is panels[0])
     return made
 
@@ -188,8 +190,9 @@ def theory_figure(content: Mapping[str, Any]) -> Any:
     for law, colour in zip(content["power_law"], SHADES, strict=False):
         name = "LAQ" if law["backtrack"] == 1 else f"BLAQ a = {law['backtrack']:g}"
         left.plot(law["path"], "o-", color=colour, markersize=4, label=name)
-    finish(left, "$|w|^{1.5}$, exact Hessian, 1 bit", "step", "w")
-    left.legend(fontsize=8, loc="lower right")
+    finish(left, "$|w|^{1.5}$, exact Hessian, 1 bit", "step", "w", legend=False)
+    left.set_ylim(-0.78, 1.15)
+    left.legend(fontsize=8, frameon=False, loc="upper center", ncols=2)
     limits = sorted(content["limits"], key=lambda item: item["theory"])
     names = ["LAQ" if item["backtrack"] == 1 else f"a = {item['backtrack']:g}" for item in limits]
     drawn = right.bar(names, [item["measured"] for item in limits], color=COLOURS["blaq"],

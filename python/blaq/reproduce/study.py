@@ -247,7 +247,7 @@ def summarise(study: Study, plan: Plan, out: Path, device: str = "cpu") -> dict[
         runs = []
         for seed in range(plan.seeds):
             name = f"{row.key}-s{seed}"
-            if not (out / name / RECORD).exists():
+            if not (out / name / RECORD).exists() or (row.like or row.key) not in rates:
                 if wanted or (out / name).exists():
                     missing.append(name)
                 continue
