@@ -10,12 +10,13 @@ from .dispatch import (
     cpu_capability,
     has_int8,
     int8_kernels,
+    reads_repacked,
     serving,
     set_cpu_capability,
 )
 
-__all__ = ["cpu_capabilities", "cpu_capability", "has_int8", "int8_kernels", "serving",
-           "set_cpu_capability"]
+__all__ = ["cpu_capabilities", "cpu_capability", "has_int8", "int8_kernels",
+           "reads_repacked", "serving", "set_cpu_capability"]
 
 __version__ = "0.1.0"
 

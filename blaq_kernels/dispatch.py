@@ -5,7 +5,9 @@
 * ``auto``, the default: C++ kernels (``blaq_kernels._C``) for CPU tensors, Triton kernels for CUDA
   tensors, each where it is there;
 * ``triton``: the same, but an error where Triton is missing or too old;
-* ``cuda``: the same with CUDA C++ kernels, of which there are none yet, so an error;
+* ``cuda``: CUDA C++ kernels (``blaq_kernels._cuda``) for what they cover on the devices that they have
+  code for, Triton for the rest; an error where they cannot run. No GPU has run them yet, so that
+  ``auto`` does not choose them;
 * ``reference``: plain PyTorch everywhere.
 
 The reference also serves every op and device that has no kernel of its own. ``blaq env`` prints what
@@ -20,7 +22,7 @@ from types import ModuleType
 
 import torch
 
-from . import reference, triton
+from . import cuda, reference, triton
 from .schemas import LIBRARY, SCHEMAS, with_checks
 
 BACKENDS = ("auto", "triton", "cuda", "reference")
@@ -28,6 +30,7 @@ log = logging.getLogger("blaq")
 
 native: ModuleType | None = None
 _reasons: dict[str, str] = {}  # why a device's tensors go to the reference
+_cuda_ops: set[str] = set()  # that CUDA C++ kernels serve
 
 
 def requested_backend() -> str:
@@ -38,9 +41,9 @@ def requested_backend() -> str:
     if name == "triton" and (why := triton.unavailable()):
         raise RuntimeError(f"blaq: BLAQ_BACKEND=triton must find Triton "
                            f"{'.'.join(map(str, triton.MINIMUM))} or newer, got: {why}")
-    if name == "cuda":
-        raise RuntimeError("blaq: BLAQ_BACKEND=cuda must find CUDA C++ kernels, got: this version "
-                           "has none; try triton or auto")
+    if name == "cuda" and (why := cuda.unavailable()):
+        raise RuntimeError(f"blaq: BLAQ_BACKEND=cuda must find CUDA C++ kernels, got: {why}; try "
+                           "triton or auto")
     return name
 
 
@@ -52,7 +55,7 @@ def register() -> None:
         _reasons.update(dict.fromkeys(("cpu", "cuda"), "BLAQ_BACKEND=reference"))
         return
     _load_native()
-    _register_triton()
+    _register_gpu(with_cuda=requested_backend() == "cuda")
 
 
 def _load_native() -> None:
@@ -66,13 +69,19 @@ def _load_native() -> None:
     native, _reasons["cpu"] = _C, "no C++ kernel"
 
 
-def _register_triton() -> None:
+def _register_gpu(with_cuda: bool) -> None:
     _reasons["cuda"] = triton.unavailable() or "no Triton kernel"
+    kernels = {} if triton.unavailable() else {name: triton.function(name) for name in triton.OPS}
     if triton.unavailable():
-        log.info("blaq: plain PyTorch serves every op on CUDA devices; %s", _reasons["cuda"])
-        return
-    for name in triton.OPS:
-        LIBRARY.impl(name, triton.function(name), "CUDA")
+        log.info("blaq: plain PyTorch serves what no other kernel does on CUDA devices; %s",
+                 _reasons["cuda"])
+    if with_cuda:
+        for name in cuda.OPS:
+            plain = with_checks(name, getattr(reference, name))
+            kernels[name] = cuda.function(name, otherwise=kernels.get(name, plain))
+            _cuda_ops.add(name)
+    for name, kernel in kernels.items():
+        LIBRARY.impl(name, kernel, "CUDA")
 
 
 def serving(device: str = "cpu") -> dict[str, str]:
@@ -86,7 +95,9 @@ def serving(device: str = "cpu") -> dict[str, str]:
 
     def who(name: str) -> str:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"blaq::{name}", device.upper()):
-            return f"C++ ({cpu_capability()})" if device == "cpu" else "Triton"
+            if device == "cpu":
+                return f"C++ ({cpu_capability()})"
+            return cuda.serving(name) if name in _cuda_ops else "Triton"
         return f"reference ({_reasons[device]})"
 
     return {name: who(name) for name in SCHEMAS}
@@ -101,6 +112,13 @@ def int8_kernels() -> str:
     """Instructions that CPU kernels compute with in 8-bit integers here: ``AVX-512 VNNI``, ``AVX2`` or
     ``NEON``; empty where the capability in use has none."""
     return str(native.int8_kernels()) if native else ""
+
+
+def reads_repacked(device: torch.device) -> bool:
+    """Whether ``packed_linear`` on this device reads what ``repack`` makes there."""
+    if device.type == "cuda":
+        return "packed_linear" in _cuda_ops and cuda.covers(device)
+    return device.type == "cpu" and has_int8()
 
 
 def cpu_capability() -> str:

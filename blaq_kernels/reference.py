@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import fragments
 from .codebook import bits_of, midpoints
 
 CURVATURE_FLOOR = 1e-8
@@ -303,7 +304,10 @@ def fused_step(params, grads, trial_grads, latents, exp_avgs, exp_avg_sqs, scale
 def repack(qweight: Tensor) -> Tensor:
     """Bit planes in the order that CPU kernels read: for 16 rows and 32 columns ``words`` registers,
     as many as bits (3 count as 4); the dword of a lane has 8 digits of 4 bits of its row, digit i of
-    register p the codes of columns 4i + p + words · j, the first lowest. Rows past the last are it."""
+    register p the codes of columns 4i + p + words · j, the first lowest. Rows past the last are it.
+    On CUDA devices the order of tensor cores: fragments.py."""
+    if qweight.is_cuda:
+        return fragments.repack(qweight)
     bits, n, row_bytes = qweight.shape
     return _registers(unpack_codes(qweight, row_bytes * 8), bits).reshape(-1)
 

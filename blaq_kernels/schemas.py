@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import fragments
 from .codebook import bits_of, check_levels
 from .reference import matrix_shape, scale_shape
 
@@ -334,16 +335,12 @@ def check_repack(qweight: Tensor) -> None:
     _contiguous(op, "qweight", qweight)
 
 
-def repacked_bytes(bits: int, n: int, row_bytes: int) -> int:
-    """Bytes that ``repack`` makes of bit planes: 16 rows and 32 columns together, 4 bits a digit."""
+def repacked_bytes(bits: int, n: int, row_bytes: int, device: str = "cpu") -> int:
+    """Bytes that ``repack`` makes of bit planes. On the CPU 16 rows and 32 columns together, 4 bits a
+    digit; on CUDA devices tiles of 16 rows and as many columns as 16 bytes of a lane hold."""
+    if device == "cuda":
+        return fragments.repacked_bytes(bits, n, row_bytes)
     return (n + 15) // 16 * ((row_bytes + 3) // 4) * (bits if bits <= 2 else 4) * 64
-
-
-def conv_repacked_shape(bits: int, n: int, in_features: int, taps: int,
-                        groups: int) -> tuple[int, ...]:
-    """Shape of what ``conv_repack`` makes: group, 16 outputs, tap, registers of 64 bytes."""
-    words = -(-in_features // taps // 32) * (bits if bits <= 2 else 4)
-    return groups, -(-n // groups // 16), taps, words, 64
 
 
 def _check_repacked(op: str, repacked: Tensor | None, qweight: Tensor, accuracy: str,
@@ -509,7 +506,7 @@ def _fake_unpack(qweight, scale, levels, group_size, in_features, dtype):
 
 
 def _fake_repack(qweight):
-    return qweight.new_empty(repacked_bytes(*qweight.shape))
+    return qweight.new_empty(repacked_bytes(*qweight.shape, qweight.device.type))
 
 
 def _fake_linear(input, qweight, *_, **__):

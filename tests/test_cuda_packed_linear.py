@@ -8,14 +8,13 @@ import pytest
 import torch
 from cuda_emulation import ORDERS, guarded, library, needs_compiler
 
+from blaq_kernels import fragments
 from blaq_kernels import reference as ref
 from blaq_kernels.codebook import levels_of
 
 pytestmark = needs_compiler
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-PAIRS = {1: 16, 2: 8, 3: 16, 4: 4}  # of a group of words
-WORDS = {1: 1, 2: 1, 3: 3, 4: 1}
-INPUTS = {1: 256, 2: 128, 3: 256, 4: 64}  # of a unit
+BITS = (1, 2, 3, 4)
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +27,19 @@ def seed():
     torch.manual_seed(0)
 
 
-def repacked_bytes(bits, n, row_bytes):
-    return -(-n // 16) * -(-8 * row_bytes // INPUTS[bits]) * 512 * WORDS[bits]
-
-
 def repack(lib, qweight):
     bits, n, row_bytes = qweight.shape
-    out = guarded(np.full(repacked_bytes(bits, n, row_bytes), 0xee, np.uint8))
+    out = guarded(np.full(fragments.repacked_bytes(bits, n, row_bytes), 0xee, np.uint8))
     lib.repack_planes(guarded(qweight.numpy()), bits, n, row_bytes, out)
     return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", PAIRS)
+@pytest.mark.parametrize("bits", BITS)
 def test_every_half_word_decodes(lib, bits, dtype):
     """All 2^16 values of each half of each word: bit tricks give the level of the code that the layout
     says, and the layout uses every bit of a group once."""
-    words, pairs, half = WORDS[bits], PAIRS[bits], 1 << 16
+    words, pairs, half = fragments.words(bits), fragments.pairs(bits), 1 << 16
     every = np.arange(half, dtype=np.uint32)
     noise = np.random.default_rng(0).integers(0, 2**32, (2 * words, half, words), dtype=np.uint32)
     for word, high in itertools.product(range(words), range(2)):
@@ -64,12 +59,12 @@ def test_every_half_word_decodes(lib, bits, dtype):
     assert np.array_equal(counts, changed)  # every bit of the words is one bit of one code
 
 
-@pytest.mark.parametrize("bits", PAIRS)
+@pytest.mark.parametrize("bits", BITS)
 def test_repacking_is_a_bijection(lib, bits):
     """Each bit of the planes appears once in the repacked weight, and alone; the rest is 0."""
-    n, row_bytes = 19, INPUTS[bits] // 8 + 3
+    n, row_bytes = 19, fragments.columns(bits) // 8 + 3
     total = bits * n * row_bytes * 8
-    seen = np.zeros(repacked_bytes(bits, n, row_bytes) * 8, int)
+    seen = np.zeros(fragments.repacked_bytes(bits, n, row_bytes) * 8, int)
     numbers = torch.arange(1, total + 1)
     spots = np.zeros(len(seen), np.int64)  # the number of the bit that lies there, digit by digit
     for digit in range(total.bit_length()):
@@ -78,6 +73,13 @@ def test_repacking_is_a_bijection(lib, bits):
         spots |= np.unpackbits(out, bitorder="little").astype(np.int64) << digit
     used = spots[spots > 0]
     assert len(used) == total and len(np.unique(used)) == total
+
+
+@pytest.mark.parametrize("n,row_bytes", [(1, 1), (16, 32), (37, 67)])
+@pytest.mark.parametrize("bits", BITS)
+def test_repacking_is_what_plain_pytorch_makes(lib, bits, n, row_bytes):
+    qweight = torch.randint(0, 256, (bits, n, row_bytes), dtype=torch.uint8)
+    assert np.array_equal(repack(lib, qweight), fragments.repack(qweight).numpy())
 
 
 def case(m, n, k, levels, group_size, dtype, scale=None, bias=True):
@@ -91,19 +93,17 @@ def case(m, n, k, levels, group_size, dtype, scale=None, bias=True):
     return x, qweight, scale, torch.randn(n).to(dtype) if bias else None, levels, group_size
 
 
-def linear(lib, x, qweight, scale, bias, levels, group_size, multiprocessors=4, order=0, offset=0,
-           powers=None):
+def linear(lib, x, qweight, scale, bias, levels, group_size, multiprocessors=4, order=0):
+    """What packed_linear.cu does: inputs filled up to whole 16 bytes, and the launch."""
     bits, n, _ = qweight.shape
     m, k = x.shape
     weight = repack(lib, qweight)
-    raw = x.view(torch.int16).numpy()
+    raw = np.pad(x.view(torch.int16).numpy(), ((0, 0), (0, -k % 8)))
     out = guarded(np.full((m, n), -1, np.int16))
-    if powers is None:
-        powers = levels == levels_of("pow2", bits)
-    table = np.zeros(1 << (bits - 1), np.float32)
-    table[:] = np.nan
+    powers = levels == levels_of("pow2", bits)
+    table = np.full(1 << (bits - 1), np.nan, np.float32)
     table[:len(levels)] = levels
-    lib.linear(guarded(raw, offset), k, weight, guarded(scale.numpy()),
+    lib.linear(guarded(raw), raw.shape[1], weight, guarded(scale.numpy()),
                None if bias is None else guarded(bias.view(torch.int16).numpy()), out, m, n, k, bits,
                0 if group_size == 0 else scale.shape[1], max(group_size, 0), int(powers), table,
                int(x.dtype == torch.bfloat16), multiprocessors, order)
@@ -137,7 +137,7 @@ def test_products(lib, name, bits, group_size, dtype):
         assert_right(linear(lib, *args), *args)
 
 
-@pytest.mark.parametrize("bits", PAIRS)
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("m", [1, 16, 40])
 def test_the_order_of_threads_changes_no_bit(lib, bits, m):
     args = case(m, 50, 700, levels_of("pow2", bits), -1, torch.bfloat16)
@@ -151,12 +151,6 @@ def test_every_shape_of_a_block(lib, m, multiprocessors):
     """Few multiprocessors: many warps over outputs, few over inputs."""
     args = case(m, 300, 320, levels_of("pow2", 2), 64, torch.float16)
     assert_right(linear(lib, *args, multiprocessors=multiprocessors), *args)
-
-
-@pytest.mark.parametrize("offset", [2, 6, 8])
-def test_inputs_that_begin_anywhere(lib, offset):
-    args = case(3, 20, 264, levels_of("pow2", 1), -1, torch.bfloat16)
-    assert torch.equal(linear(lib, *args, offset=offset), linear(lib, *args))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

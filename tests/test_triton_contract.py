@@ -54,7 +54,7 @@ def test_a_broken_contract_is_reported():
 
 def test_instructions_in_loops_count_as_often_as_they_run():
     pytest.importorskip("triton.backends.nvidia")
-    from blaq_kernels.triton import sass
+    from blaq_kernels import sass
 
     listing = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;

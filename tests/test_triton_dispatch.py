@@ -48,11 +48,6 @@ def test_without_triton_the_reference_serves_and_says_why(change, why):
     assert f"BLAQ_BACKEND=triton must find Triton 3.6 or newer, got: {why}" in done.stderr
 
 
-def test_cuda_kernels_are_not_promised():
-    done = run("import blaq_kernels", BLAQ_BACKEND="cuda")
-    assert "BLAQ_BACKEND=cuda must find CUDA C++ kernels" in done.stderr
-
-
 def test_an_unknown_device_is_an_error():
     with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'tpu'"):
         blaq_kernels.serving("tpu")

@@ -80,7 +80,7 @@ def compile_case(case: Case, cc: int):
 
 def measure(case: Case, cc: int) -> Row:
     """Compiles and counts."""
-    from . import sass
+    from .. import sass
 
     kernel = compile_case(case, cc)
     code = sass.disassemble(kernel.asm["cubin"])

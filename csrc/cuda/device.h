@@ -129,7 +129,7 @@ BLAQ_DEVICE uint4 load_stream(const void* address) {
 // 16 bytes of global memory, and in the order of the source: where an address comes out of a table, nvcc
 // does not know which memory it is into.
 BLAQ_DEVICE uint4 load_16(const void* address) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDACC__)
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
@@ -140,7 +140,7 @@ BLAQ_DEVICE uint4 load_16(const void* address) {
 #endif
 }
 BLAQ_DEVICE void store_16(void* address, uint4 v) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDACC__)
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w) : "memory");
 #else

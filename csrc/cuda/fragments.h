@@ -41,6 +41,14 @@ struct Fragments {
   static int64_t bytes(int64_t n, int64_t k) { return (n + 15) / 16 * units(k) * kLoads * 512; }
 };
 
+// Bytes of a repacked weight [n, k], bits 1 to 4.
+inline int64_t repacked_bytes(int bits, int64_t n, int64_t k) {
+  return bits == 1   ? Fragments<1>::bytes(n, k)
+         : bits == 2 ? Fragments<2>::bytes(n, k)
+         : bits == 3 ? Fragments<3>::bytes(n, k)
+                     : Fragments<4>::bytes(n, k);
+}
+
 constexpr int kOrAfterAnd = (0xf0 & 0xcc) | 0xaa;  // (a & b) | c
 
 // Bits of a word moved from one place to another; the caller masks what came along.

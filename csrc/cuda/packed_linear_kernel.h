@@ -16,24 +16,24 @@
 namespace blaq {
 
 struct PackedLinear {
-  const uint16_t* x;  // [m, k], x_stride between rows
+  const uint16_t* x;  // [m, width], x_stride between rows, which begin at multiples of 16 bytes
   const uint4* weight;
   const float* scale;  // [n, groups], or one
   const uint16_t* bias;
   uint16_t* out;  // [m, n]
-  int64_t x_stride;
-  int m, n, k;
+  uint32_t x_stride;
+  int m, n, k, width;  // k below 2^24; width: k up to a multiple of 8, zeros past k
   int units, tiles;       // of inputs, of 16 outputs
   int row_warps, splits;  // of a block: warps side by side over outputs, and over inputs
   int scale_stride;       // 0: one for all; else scales of a row
   int group_size;         // 0: a scale has the whole row
+  uint32_t group_factor, group_shift;  // of group_of
   bool powers;            // levels are 2^-j, and group_size is 0 or a multiple of kScaled
-  bool aligned;           // rows of x begin at multiples of 16 bytes
   float level[8];
 };
 
 constexpr int kScaled = 64;  // inputs that share a scale where scales multiply sums
-constexpr int kMaxRows = 64;
+constexpr int kMaxRows = 64, kMaxInputs = 1 << 24;
 
 template <int columns>
 struct LinearShape {  // columns: tiles of 8 rows of input
@@ -44,20 +44,23 @@ struct LinearShape {  // columns: tiles of 8 rows of input
   }
 };
 
-// 8 neighbouring inputs of a row; zeros past the last of both.
-BLAQ_DEVICE uint4 inputs_of(const PackedLinear& p, int row, int k) {
-  uint4 v = make_uint4(0, 0, 0, 0);
-  if (row >= p.m || k >= p.k) return v;
-  const uint16_t* x = p.x + row * p.x_stride + k;
-  if (p.aligned && k + 8 <= p.k) return __ldg(reinterpret_cast<const uint4*>(x));
-  const auto at = [&](int i) -> uint32_t { return k + i < p.k ? x[i] : 0; };
-  v = make_uint4(at(0) | at(1) << 16, at(2) | at(3) << 16, at(4) | at(5) << 16, at(6) | at(7) << 16);
-  return v;
+BLAQ_DEVICE float scale_of(const PackedLinear& p, int row, int group) {
+  return p.scale[static_cast<int64_t>(min(row, p.n - 1)) * p.scale_stride + group];
 }
 
-BLAQ_DEVICE float scale_of(const PackedLinear& p, int row, int k) {
-  const int group = p.group_size ? k / p.group_size : 0;
-  return p.scale[static_cast<int64_t>(min(row, p.n - 1)) * p.scale_stride + group];
+// k / group_size, for multiples of kScaled below kMaxInputs, without a division: 24-bit numbers times the
+// factor rounded up are exact (Granlund and Montgomery, PLDI 1994).
+inline void plan_groups(PackedLinear& p) {
+  if (p.group_size < kScaled) return;
+  const int size = p.group_size / kScaled;
+  int log2 = 0;
+  while (1 << log2 < size) ++log2;
+  p.group_shift = 24 + log2;
+  p.group_factor = static_cast<uint32_t>(((1ull << p.group_shift) + size - 1) / size);
+}
+
+BLAQ_DEVICE int group_of(const PackedLinear& p, int k) {
+  return static_cast<int>(static_cast<uint64_t>(k / kScaled) * p.group_factor >> p.group_shift);
 }
 
 // Whether round(level × scale) is level × round(scale) for every power of two of the codebook.
@@ -75,7 +78,7 @@ struct LinearWarp {
   using F = Fragments<bits>;
   using Shape = LinearShape<columns>;
   static constexpr int kTiles = Shape::kTiles;
-  static constexpr int kAhead = (columns > 2 ? 2 : 4) / (bits == 3 ? 2 : 1);  // units on their way
+  static constexpr int kAhead = bits == 3 ? 1 : columns > 2 ? 2 : 4;  // units on their way
 
   const PackedLinear& p;
   int lane, first_tile, split;
@@ -111,9 +114,17 @@ struct LinearWarp {
     }
   }
 
+  // The lane's 8 neighbouring inputs of rows lane / 4 + 8c; zeros past the last of both.
   BLAQ_DEVICE void load_inputs(uint4 (&x)[columns], int k) const {
+    const int at = k + lane % 4 * 8;
 #pragma unroll
-    for (int c = 0; c < columns; ++c) x[c] = inputs_of(p, c * 8 + lane / 4, k + lane % 4 * 8);
+    for (int c = 0; c < columns; ++c) {
+      x[c] = make_uint4(0, 0, 0, 0);
+      const int row = c * 8 + lane / 4;
+      if (row >= p.m || at >= p.width) continue;
+      const uint16_t* address = p.x + (static_cast<uint32_t>(row) * p.x_stride + at);
+      x[c] = columns > 2 ? load_16(address) : __ldg(reinterpret_cast<const uint4*>(address));
+    }
   }
 
   // Fragments f of a unit, from the one at hand up to the last.
@@ -157,12 +168,13 @@ struct LinearWarp {
 
   // The sums of one group of inputs, by its scales.
   BLAQ_DEVICE void add_scaled(float (&part)[kTiles][columns][4], int k) {
+    const int group = group_of(p, min(k, p.k - 1) & -kScaled);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = (first_tile + tile) * 16 + lane / 4 + half * 8;
-        const float scale = rounded<Type>(scale_of(p, row, min(k, p.k - 1)));
+        const float scale = rounded<Type>(scale_of(p, row, group));
 #pragma unroll
         for (int c = 0; c < columns; ++c) {
 #pragma unroll
@@ -235,7 +247,8 @@ struct LinearWarp {
       for (int half = 0; half < 2; ++half) {
         const int at = min(k + i / 2 * 2 + half, p.k - 1);
         const uint32_t code = code_of<bits>(words, f * 4 % F::kPairs + i, half);
-        const float weight = levels[code] * scale_of(p, row + i % 2 * 8, at);
+        const int scales = p.group_size ? at / p.group_size : 0;
+        const float weight = levels[code] * scale_of(p, row + i % 2 * 8, scales);
         a[i] |= static_cast<uint32_t>(Type::from_float(weight)) << 16 * half;
       }
     }
@@ -331,7 +344,7 @@ void launch_packed_linear(PackedLinear p, int multiprocessors, Stream stream) {
 template <typename Type>
 void packed_linear(PackedLinear p, int bits, bool levels_are_powers, int multiprocessors, Stream stream) {
   p.powers = levels_are_powers && (p.group_size == 0 || p.group_size % kScaled == 0);
-  p.aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.x_stride % 8 == 0;
+  plan_groups(p);
   p.tiles = (p.n + 15) / 16;
   const auto of_bits = [&]<int b>() {
     p.units = static_cast<int>(Fragments<b>::units(p.k));

@@ -70,7 +70,7 @@ class BinaryLayer(PackedLayer):
         raise NotImplementedError
 
     def _wants_repacked(self) -> bool:
-        return bool(blaq_kernels.cpu_capabilities())
+        return self.qweight.is_cpu and bool(blaq_kernels.cpu_capabilities())
 
     def _repack(self) -> Tensor:
         return torch.ops.blaq.binary_repack.default(self.qweight, *self._geometry())

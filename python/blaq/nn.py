@@ -94,7 +94,7 @@ class PackedLayer(nn.Module):
         self._accuracy = None if accuracy is None else checked(type(self).__name__, accuracy)
 
     def repacked(self) -> Tensor | None:
-        """``qweight`` in the order that the fast kernels of this processor read, made on first use
+        """``qweight`` in the order that the fast kernels of its device read, made on first use
         and kept while ``qweight`` stays as it is; None where no such kernel is. Never saved. A graph
         that ``torch.compile`` captures has what an eager call made before, so make one first; an
         exported program has none, and computes exactly."""
@@ -102,7 +102,7 @@ class PackedLayer(nn.Module):
             kept = None if torch.compiler.is_exporting() else self._repacked
             return None if kept is None else kept[2]
         qweight = self.qweight
-        if not qweight.is_cpu or not self._wants_repacked():
+        if not self._wants_repacked():
             return None
         version = 0 if qweight.is_inference() else qweight._version
         kept = self._repacked
@@ -114,7 +114,7 @@ class PackedLayer(nn.Module):
         return kept[2]
 
     def _wants_repacked(self) -> bool:
-        return self.accuracy != "exact" and blaq_kernels.has_int8()
+        return self.qweight.is_cpu and self.accuracy != "exact" and blaq_kernels.has_int8()
 
     def _repack(self) -> Tensor:
         return torch.ops.blaq.repack.default(self.qweight)
@@ -249,6 +249,12 @@ class PackedLinear(PackedLayer):
         return torch.ops.blaq.packed_linear.default(
             input, self.qweight, self.scale, bias, self.levels, self.group_size, self.repacked(),
             self.accuracy)
+
+    def _wants_repacked(self) -> bool:
+        if not self.qweight.is_cuda:
+            return super()._wants_repacked()
+        narrow = self.dtype.itemsize == 2 or torch.is_autocast_enabled("cuda")
+        return narrow and blaq_kernels.reads_repacked(self.qweight.device)
 
 
 class PackedConv2d(PackedLayer):

@@ -21,7 +21,7 @@ BLAQ_TEST_EXPORT const char* linear(const uint16_t* x, int64_t x_stride, const u
     emulate::machine.order = order;
     PackedLinear p = {};
     p.x = x, p.weight = weight, p.scale = scale, p.bias = bias, p.out = out;
-    p.x_stride = x_stride, p.m = m, p.n = n, p.k = k;
+    p.x_stride = x_stride, p.m = m, p.n = n, p.k = k, p.width = (k + 7) / 8 * 8;
     p.scale_stride = scale_stride, p.group_size = group_size;
     std::copy_n(levels, 1 << (bits - 1), p.level);
     const auto run = bf16 ? packed_linear<Bf16> : packed_linear<Fp16>;

@@ -1,0 +1,160 @@
+"""Every CUDA kernel of blaq_kernels._cuda, counted in the machine code that it ships.
+
+  python -m blaq_kernels.cuda.contract              # the table, of every architecture that was built
+  python -m blaq_kernels.cuda.contract x.cubin ...  # of these instead
+
+Fails where a kernel spills to local memory (LDL, STL), calls a function, makes an atomic of a loop
+(ATOMS.CAST, ATOMG.CAS), misses the tensor-core instruction that it means to use or its 128-bit loads,
+or takes more instructions a weight than its budget. No GPU takes part: nothing here is a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import sass
+from ..sass import Instruction
+
+__all__ = ["RULES", "Row", "Rule", "main", "measure", "table"]
+
+LOGIC = ("LOP3", "PLOP3", "PRMT")
+SHIFTS = ("SHF", "IMAD.SHL", "IMAD.U32", "USHF", "LEA")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What kernels whose mangled name matches must hold to."""
+
+    kernel: str  # a regular expression; its groups are named in `label`
+    label: str
+    tensor_core: str = ""  # start of the opcode, in the main loop
+    weights: int = 0  # of a lane for each tensor-core instruction of the main loop
+    columns: int = 0  # group of the expression that divides them: products with the same weights
+    logic: dict[str, float] | None = None  # most LOP3 and PRMT a weight, by the first group
+    wide_loads: bool = False
+    architectures: tuple[int, ...] = (80, 90, 100, 120)
+
+
+RULES = [
+    Rule(r"20packed_linear_kernelILi(\d)ENS_4([FB][pf]16)ELi(\d)E", "packed_linear W{0} {1}, {2} × 8 rows",
+         "HMMA", weights=8, columns=3, wide_loads=True,
+         logic={"1Fp16": 0.55, "1Bf16": 0.55, "2Bf16": 0.55, "2Fp16": 1.05, "3Fp16": 1.05,
+                "3Bf16": 1.05, "4Fp16": 1.05, "4Bf16": 0.95}),
+    Rule(r"13repack_kernelILi(\d)E", "repack W{0}"),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel became on one architecture."""
+
+    name: str
+    architecture: int
+    registers: int
+    shared: int
+    wide_loads: int
+    tensor_cores: int
+    per_weight: tuple[float, float, float] | None  # logic, shifts, all instructions
+    faults: tuple[str, ...]
+
+
+def measure(cubin: bytes) -> Iterator[Row]:
+    """Counts the kernels of one cubin."""
+    usage = sass.usage(cubin)
+    architecture = sass.architecture(cubin)
+    for name, code in sorted(sass.kernels(cubin).items()):
+        rule, found = _rule_of(name)
+        yield _row(rule, found, architecture, code, usage[name])
+
+
+def _rule_of(name: str) -> tuple[Rule, re.Match[str] | None]:
+    for rule in RULES:
+        if found := re.search(rule.kernel, name):
+            return rule, found
+    return Rule("", name), None
+
+
+def _row(rule: Rule, found: re.Match[str] | None, architecture: int, code: list[Instruction],
+         usage: dict[str, int]) -> Row:
+    groups = found.groups() if found else ()
+    wide = _count(code, "LDG", ".128")
+    faults = [f"{n} {what}" for what, n in (
+        ("spills to local memory", _count(code, ("LDL", "STL"))), ("calls", _count(code, "CALL")),
+        ("atomics made of loops", _count(code, ("ATOMS.CAS", "ATOMG.E.CAS", "ATOM.E.CAS")))) if n]
+    per_weight = None
+    body = _main_loop(code, rule.tensor_core) if rule.tensor_core else []
+    products = _count(body, rule.tensor_core) if body else 0
+    if rule.tensor_core and not products:
+        faults.append(f"no {rule.tensor_core}")
+    if rule.wide_loads and not wide:
+        faults.append("no 128-bit load")
+    if products and rule.weights:
+        weights = products * rule.weights / int(groups[rule.columns - 1])
+        per_weight = (_count(body, LOGIC) / weights, _count(body, SHIFTS) / weights,
+                      sum(one.opcode != "NOP" for one in body) / weights)
+        budget = (rule.logic or {}).get("".join(groups[:2]))
+        if budget is not None and per_weight[0] > budget:
+            faults.append(f"{per_weight[0]:.2f} logic instructions a weight, budget {budget:g}")
+    return Row(rule.label.format(*groups), architecture, usage["REG"], usage.get("SHARED", 0), wide,
+               products, per_weight, tuple(faults))
+
+
+def _count(code: Iterable[Instruction], starts: str | tuple[str, ...], part: str = "") -> int:
+    return sum(one.opcode.startswith(starts) and part in one.opcode for one in code)
+
+
+def _main_loop(code: list[Instruction], tensor_core: str) -> list[Instruction]:
+    """The loop with the fewest instructions for each tensor-core instruction: where weights are
+    decoded by bits, and no scales come in."""
+    bodies = [body for body in sass.loops(code) if _count(body, tensor_core)]
+    return min(bodies, key=lambda body: len(body) / _count(body, tensor_core), default=[])
+
+
+def table(rows: Iterable[Row]) -> Iterator[str]:
+    """Markdown. Counts a weight are of the main loop; a lane's instruction serves one lane."""
+    yield ("| kernel | sm | LOP3, PRMT a weight | shifts a weight | all a weight | tensor-core instructions | "
+           "LDG.128 | registers | static shared | kept |")
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|---|"
+    for row in rows:
+        counts = ["-"] * 3 if row.per_weight is None else [f"{x:.2f}" for x in row.per_weight]
+        yield (f"| {row.name} | {row.architecture} | {' | '.join(counts)} | {row.tensor_cores} | "
+               f"{row.wide_loads} | {row.registers} | {row.shared} | {'; '.join(row.faults) or 'yes'} |")
+
+
+def cubins(paths: list[str]) -> list[bytes]:
+    """Of these files, or of the library that was built.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if paths:
+        return [Path(path).read_bytes() for path in paths]
+    spec = importlib.util.find_spec("blaq_kernels._cuda")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("blaq_kernels.cuda.contract: blaq_kernels._cuda must be built, got none; "
+                                "try BLAQ_CUDA=1 python setup.py build_ext --inplace")
+    return sass.extract(Path(spec.origin))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m blaq_kernels.cuda.contract", description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("cubin", nargs="*", help="files to read instead of the library")
+    args = parser.parse_args()
+    try:
+        rows = [row for cubin in cubins(args.cubin) for row in measure(cubin)]
+    except FileNotFoundError as error:
+        sys.exit(str(error))
+    rows.sort(key=lambda row: (row.name, row.architecture))
+    print("\n".join(table(rows)))
+    return 1 if any(row.faults for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
