@@ -198,7 +198,10 @@ def test_bad_config_files(tmp_path, name, text, message):
     ("warmup", -1.0, "at least 0"), ("schedule", "linear", "one of cosine, step"),
     ("first_bits", "5", "one of same, fp"), ("amp", "fp16", "one of off, bf16"),
     ("solve", "newton", "one of "), ("seed", -1, "at least 0"),
-    ("clip", float("nan"), "at least 0"),
+    ("clip", float("nan"), "at least 0"), ("momentum", 1.0, r"in \[0, 1\)"),
+    ("milestones", "3,2", "ascending epochs"), ("milestones", "a", "ascending epochs"),
+    ("milestones", "-1", "ascending epochs"), ("loss", "hinge", "one of cross-entropy, squared"),
+    ("activation_bits", 9, "0 to 8"), ("validation", -1, "at least 0"), ("gamma", 0.0, "positive"),
 ])
 def test_bad_fields(field, value, rule):
     with pytest.raises(ValueError, match=f"blaq.TrainConfig: {field} must be {rule}.*, got"):

@@ -214,6 +214,54 @@ def test_learning_rate():
     assert cosine[10] == 1.0 and cosine[25] == pytest.approx(0.5)
     assert cosine[39] == pytest.approx(0.5 * (1 + math.cos(math.pi * 29 / 30)))
     assert all(rate > 0 for rate in rates(warmup=100, schedule="cosine"))
+    milestones = rates(schedule="step", milestones="1,2.4", gamma=0.5)
+    assert milestones == pytest.approx([1.0] * 5 + [0.5] * 7 + [0.25] * 28)
+    falling = rates(schedule="exponential", gamma=0.9)
+    assert falling == pytest.approx([0.9 ** (step // 5) for step in range(40)])
+    later = rates(schedule="exponential", gamma=0.9, milestones="3")
+    assert later == pytest.approx([0.9 ** max(0, step // 5 - 3) for step in range(40)])
+
+
+def test_images_are_held_out_the_same_for_every_seed(tmp_path, data):
+    rest, held = datasets.held_out(data.train, 40)
+    assert (len(rest), len(held)) == (160, 40)
+    again = datasets.held_out(data.train, 40)[1]
+    assert torch.equal(held.images, again.images)
+    whole = [tuple(image.flatten().tolist()) for image in data.train.images]
+    parts = [tuple(image.flatten().tolist()) for part in (rest, held) for image in part.images]
+    assert sorted(parts) == sorted(whole)
+    model, _, history = train(config("laq", epochs=1, validation=40), tmp_path / "a", data=data)
+    assert history[0]["evaluations"] == 160 // 16
+    assert evaluate(model, held) == (history[0]["valid_loss"], history[0]["valid_accuracy"])
+    assert evaluate(model, data.test) == (history[0]["test_loss"], history[0]["test_accuracy"])
+    for count in (200, 201):
+        with pytest.raises(ValueError, match=f"validation must leave some of the 200 .*{count}"):
+            train(config("laq", validation=count), tmp_path / "b", data=data)
+
+
+def test_lab_recipe(tmp_path, data):
+    run = config("laq", model="mlp4", width=0.02, epochs=2, loss="squared-hinge", output_norm=True,
+                 init_rule="lab")
+    model, _, history = train(run, tmp_path, data=data)
+    assert type(model[-1]) is torch.nn.BatchNorm1d and model[-1].num_features == 10
+    expected = evaluate(model, data.test, loss="squared-hinge")
+    assert expected == (history[-1]["test_loss"], history[-1]["test_accuracy"])
+    with torch.no_grad():
+        outputs = model.eval()(data.test.normalise(data.test.images))
+    targets = torch.full_like(outputs, -1.0)
+    targets[torch.arange(80), data.test.labels] = 1.0
+    by_hand = (1 - targets * outputs).clamp_min(0).square().mean()
+    assert history[-1]["test_loss"] == pytest.approx(by_hand.item(), rel=1e-5)
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_lab_initial_weights():
+    model = TrainConfig(init_rule="lab", width=0.5).build(10, (1, 28, 28))
+    for layer, fans in ((model.conv2, 25 * (10 + 25)), (model.fc1, 400 + 250)):
+        bound = math.sqrt(1.5 / fans)
+        assert 0.95 * bound < layer.weight.abs().max() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        assert (layer.bias == 0).all()
 
 
 def test_evaluate_by_hand(data):

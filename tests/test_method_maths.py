@@ -183,7 +183,8 @@ def test_gradient_of_binary_weight_networks(group_size):
 
 
 def test_ternary_weight_networks_by_hand():
-    w = torch.tensor([[1.0, -0.2, 0.5, -0.9, 0.1]])  # 0.7 · 0.54 = 0.378; mean of 1, 0.5, 0.9 is 0.8
+    # 0.7 · mean = 0.378; the mean of those above, 1, 0.5 and 0.9, is 0.8
+    w = torch.tensor([[1.0, -0.2, 0.5, -0.9, 0.1]])
     assert quantizer(Threshold, w)(w)[0].tolist() == pytest.approx([0.8, 0.0, 0.8, -0.8, 0.0])
     rows = torch.cat([w, 10 * w])
     assert torch.allclose(quantizer(Threshold, rows, group_size=-1)(rows)[1], 10 * quantizer(
@@ -327,9 +328,9 @@ def test_alq_takes_the_nearest_of_all_levels():
 
 def test_alq_coordinates_are_weighted_least_squares():
     target, h = latent(2, 60).double(), curvature(2, 60).double()
-    signs = sign_table(3, target)[torch.randint(8, (2, 60))]
-    active = torch.tensor([[True, True, True], [True, False, True]])
-    alpha = refit(target, h, signs, active)
+    codes = torch.randint(8, (2, 60), generator=torch.Generator().manual_seed(0))
+    signs, active = sign_table(3, target)[codes], torch.tensor([[True] * 3, [True, False, True]])
+    alpha = refit(target, h, codes.to(torch.uint8), active)
     for g in range(2):
         root, columns = h[g].sqrt(), signs[g][:, active[g]]
         best = torch.linalg.lstsq(columns * root[:, None], target[g] * root).solution
@@ -355,7 +356,8 @@ def test_alq_begins_greedily_and_minimises_its_model():
 def test_alq_drops_the_least_important_coordinates():
     layer = MultiBit(latent(2, 50), 2, -1)
     layer.weight.grad = latent(2, 50, seed=4)
-    alpha, grad = layer.alpha.clone(), (layer.signs() * layer.gradient()[..., None]).sum(1)
+    signs = sign_table(2, layer.alpha)[layer.codes.long()]
+    alpha, grad = layer.alpha.clone(), (signs * layer.gradient()[..., None]).sum(1)
     layer.step_coordinates(0.1)
     assert torch.allclose(layer.alpha, alpha - 0.1 * grad.sign(), atol=1e-5)
     rise = -0.1 * grad * layer.alpha + 0.5 * grad.abs() * layer.alpha.square()

@@ -1,5 +1,8 @@
 """Every method trains, measures what it ships, and refuses what it has no meaning for."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ from blaq.train.config import TrainConfig
 from blaq.train.loop import evaluate, train
 from blaq.train.models import build
 
+DOCUMENT = Path(__file__).parents[1] / "docs" / "methods.md"
 SETTINGS = {
     "aq": {"epochs": 3}, "alq": {"group_size": -1, "options": "rounds=1"},
     "admm": {"options": "rho=0.01"}, "admm-pruning": {"epochs": 4, "options": "sparsity=0.5"},
@@ -87,6 +91,23 @@ def test_registry():
                 assert check_method(name, bits, codebook) == (bits, codebook)
 
 
+def test_documentation_has_every_method_and_option():
+    text = DOCUMENT.read_text()
+    table, options = text.split("## Options of one method")
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(name for row in rows for name in re.findall("`(.+?)`", row)) == sorted(METHODS)
+    named = set(re.findall("`([a-z0-9_]+)`", options))
+    assert {option for name in METHODS for option in method_class(name).OPTIONS} <= named
+
+
+def test_documented_example_of_a_method(data, monkeypatch, tmp_path):
+    monkeypatch.setitem(METHODS, "median", None)  # so that it is gone when the test ends
+    exec(re.search("```python\n(.*?)```", DOCUMENT.read_text(), re.S)[1], {"__name__": "own"})
+    model, _, history = train(config("median"), tmp_path, data=data)
+    assert history[1]["train_loss"] < history[0]["train_loss"]
+    assert len([m for m in blaq.pack(model).modules() if isinstance(m, PackedLayer)]) == 4
+
+
 @pytest.mark.parametrize(("fields", "message"), [
     ({"method": "twin"}, "method must be one of fp, laq, .* got 'twin'"),
     ({"method": "twn", "bits": 3}, "bits must be 2 for twn, got 3"),
@@ -112,8 +133,8 @@ def test_a_method_without_a_meaning_for_it(fields, message):
     ({"method": "bc", "options": "glorot_lr=1"}, "option glorot_lr of bc must be yes or no"),
     ({"method": "admm", "options": "rho=-1"}, "option rho of admm must be at least 0, got -1"),
     ({"method": "dc", "options": "sparsity=1"}, r"option sparsity of dc must be a share in \[0, 1"),
-    ({"method": "dc", "options": "sparsity=0.1:0.2"}, "option sparsity of dc must be .* or 4 with : between, got '0.1:0.2'"),
-    ({"method": "dc", "options": "dense=0.8,sparse=0.2"}, "options dense and sparse of dc must be ascending"),
+    ({"method": "dc", "options": "sparsity=0.1:0.2"}, "option sparsity of dc must be .* or 4 with"),
+    ({"method": "dc", "options": "dense=0.8,sparse=0.2"}, "options dense and sparse of dc must be"),
     ({"method": "alq", "options": "prune=1"}, "option prune of alq must be in "),
     ({"method": "alq", "options": "rounds=-1"}, "option rounds of alq must be at least 0"),
     ({"method": "aq", "options": "margin=0"}, "option margin of aq must be positive, got 0"),

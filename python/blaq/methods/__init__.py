@@ -25,12 +25,12 @@ class Entry(NamedTuple):
     """Where a method is, and what it is defined for.
 
     Attributes:
-        place: module and class.
+        place: module and class in this package, or the class itself.
         bits: widths of a weight, the default first; none where ``bits`` has no part.
         codebooks: that it can quantize to, the default first; none where it has its own levels.
     """
 
-    place: str
+    place: str | type[Method]
     bits: tuple[int, ...] = ()
     codebooks: tuple[str, ...] = ()
 
@@ -99,7 +99,10 @@ def check_method(name: str, bits: int, codebook: str) -> tuple[int, str]:
 
 def method_class(name: str) -> type[Method]:
     """The class of a method, imported."""
-    module, _, attribute = METHODS[name].place.rpartition(".")
+    place = METHODS[name].place
+    if not isinstance(place, str):
+        return place
+    module, _, attribute = place.rpartition(".")
     found: type[Method] = getattr(import_module(f"{__name__}.{module}"), attribute)
     return found
 

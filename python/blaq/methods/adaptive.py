@@ -25,8 +25,8 @@ FINEST = 16
 
 
 def tolerances(grads: list[Tensor], rise: float, trust: list[float]) -> list[Tensor]:
-    """How far each weight may move: ``rise / (n |g|)``, at most ``trust`` of its layer; n counts the
-    weights of all layers."""
+    """How far each weight may move: ``rise / (n |g|)``, at most ``trust`` of its layer; n counts
+    the weights of all layers."""
     count = sum(grad.numel() for grad in grads)
     return [(max(rise, 0.0) / (count * grad.abs()).clamp_min(1e-30)).clamp_max(radius)
             for grad, radius in zip(grads, trust, strict=True)]
@@ -55,14 +55,15 @@ def coarsest(weight: Tensor, tolerance: Tensor, unit: float) -> tuple[Tensor, Te
 class AQ(Method):
     """Full-precision training, then a last epoch that only allocates: its batches are split into
     ``iterations`` parts, and after each the mean loss and gradient of the part move every quantized
-    layer's weights to :func:`coarsest`. No parameter is trained in it. Until then what is measured is
-    the float network.
+    layer's weights to :func:`coarsest`. No parameter is trained in it. Until then what is measured
+    is the float network.
 
     ``weight_bits`` is the mean width; where each weight's width is stored is not counted.
 
-    Options: ``iterations``; ``margin``, the bound as a share of the loss before; ``trust``, radius as
-    a share of a layer's largest weight. Not implemented: the paper's own choice of these (its text
-    gives about 25 iterations), and a file of mixed widths: saved as floats.
+    Options: ``iterations``; ``margin``, by which the bound exceeds the loss before, as a share of
+    it; ``trust``, radius as a share of a layer's largest weight. Not implemented: the paper's own
+    choice of margin and radius, which its abstract does not give, and a file of mixed widths: the
+    weights are saved as floats.
     """
 
     OPTIONS: ClassVar = {"iterations": 25, "margin": 0.1, "trust": 0.25}

@@ -1,7 +1,7 @@
 """ALQ: adaptive loss-aware quantization (Qu, Zhou, Cheng, Thiele, CVPR 2020, arXiv 1912.08883).
 
-A group of weights is ``ŵ = B α``: signs B of I columns, one coordinate each in α. There is no latent
-weight. Groups are ``group_size``'s; a layer's code of a weight is the number of its row of signs.
+A group of weights is ``ŵ = B α``: signs B of I columns, one coordinate each in α. There is no
+latent weight. Groups are ``group_size``'s; a weight's code is the number of its row of signs.
 """
 
 from __future__ import annotations
@@ -41,25 +41,39 @@ def nearest_codes(target: Tensor, alpha: Tensor) -> Tensor:
         Rows of :func:`sign_table`, uint8 ``[groups, n]``.
     """
     levels, order = (alpha @ sign_table(alpha.shape[1], alpha).T).sort(1)
-    place = torch.searchsorted((levels[:, 1:] + levels[:, :-1]) / 2, target.contiguous())
-    return order.gather(1, place).to(torch.uint8)
+    place = torch.zeros_like(target, dtype=torch.uint8)
+    for middle in ((levels[:, 1:] + levels[:, :-1]) / 2).unbind(1):  # 5 times searchsorted's speed
+        place += target > middle[:, None]
+    return order.to(torch.uint8).gather(1, place.long())
 
 
-def refit(target: Tensor, curvature: Tensor, signs: Tensor, active: Tensor) -> Tensor:
+def row_sums(values: Tensor, codes: Tensor, bits: int) -> Tensor:
+    """Sum of the values of each code, float64 ``[groups, 2**bits]``."""
+    if values.is_cpu:
+        sums = values.new_zeros(len(values), 2**bits, dtype=torch.float64)
+        return sums.scatter_add_(1, codes.long(), values.double())
+    return torch.stack([values.where(codes == row, 0.0).sum(1, dtype=torch.float64)
+                        for row in range(2**bits)], 1)  # a GPU scatters in no fixed order
+
+
+def refit(target: Tensor, curvature: Tensor, codes: Tensor, active: Tensor) -> Tensor:
     """``(Bᵀ diag(h) B)⁻¹ Bᵀ (h ⊙ target)`` over the active columns; a pruned one's is 0.
 
     Args:
         target, curvature: ``[groups, n]``; padding has curvature 0.
-        signs: ``[groups, n, I]``.
+        codes: uint8 ``[groups, n]``.
         active: bool ``[groups, I]``.
     """
-    columns = signs * active[:, None, :]
-    weighted = columns * curvature[..., None]
+    bits = active.shape[1]
+    columns = sign_table(bits, target).double() * active[:, None, :]
+    weighted = columns * row_sums(curvature, codes, bits)[..., None]
     gram = weighted.transpose(1, 2) @ columns
-    # Equal columns have no unique solution: the ridge shares between them, the rest it barely moves.
+    # Equal columns have no unique solution: the ridge shares between them; others move by 1e-6.
     ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-30)
     gram = gram + torch.diag_embed(torch.where(active, ridge[:, None], 1.0))
-    return torch.linalg.solve(gram, weighted.transpose(1, 2) @ target[..., None])[..., 0]
+    moments = row_sums(curvature * target, codes, bits)[:, None, :] @ columns
+    found: Tensor = torch.linalg.solve(gram, moments.transpose(1, 2))
+    return found[..., 0].to(target.dtype)
 
 
 class Moments:
@@ -111,15 +125,12 @@ class MultiBit:
         for i in range(bits):
             self.codes |= (residual >= 0).to(torch.uint8) << i
             self.active[:, i] = True
-            self.alpha = refit(groups, self.valid, self.signs(), self.active)
+            self.alpha = refit(groups, self.valid, self.codes, self.active)
             residual = groups - self.values()
 
     def reset(self) -> None:
         """Begin a phase: moments of the weights and of the coordinates from nothing."""
         self.bases, self.coordinates = Moments(self.valid), Moments(self.alpha)
-
-    def signs(self) -> Tensor:
-        return sign_table(self.alpha.shape[1], self.alpha)[self.codes.long()]
 
     def values(self) -> Tensor:
         """Quantized weights, ``[groups, n]``."""
@@ -140,12 +151,14 @@ class MultiBit:
         slope, curvature = self.bases.model(lr)
         target = self.values() - slope / curvature
         self.codes = nearest_codes(target, self.alpha)
-        self.alpha = refit(target, curvature * self.valid, self.signs(), self.active)
+        self.alpha = refit(target, curvature * self.valid, self.codes, self.active)
         self.write()
 
     def step_coordinates(self, lr: float) -> None:
         """AMSGrad on the coordinates: their gradient is ``Bᵀ ∂L/∂ŵ``."""
-        self.coordinates.add((self.signs() * self.gradient()[..., None]).sum(1) * self.active)
+        bits = self.alpha.shape[1]
+        sums = row_sums(self.gradient(), self.codes, bits).to(self.alpha.dtype)
+        self.coordinates.add(sums @ sign_table(bits, self.alpha) * self.active)
         slope, curvature = self.coordinates.model(lr)
         self.alpha = self.alpha - slope / curvature
         self.write()
@@ -244,7 +257,8 @@ class ALQ(Method):
 
     @property
     def weight_bits(self) -> float | None:
-        signs = sum((layer.active.sum(1) * layer.valid.sum(1)).sum().item() for layer in self.layers)
+        signs = sum((layer.active.sum(1) * layer.valid.sum(1)).sum().item()
+                    for layer in self.layers)
         total = sum(layer.weight.numel() for layer in self.layers)
         return signs / total if total else None
 

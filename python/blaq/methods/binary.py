@@ -90,8 +90,8 @@ def glorot_scale(weight: Tensor) -> float:
 
 
 class ScaledSign(WeightQuantizer):
-    """``mean|w| · sign(w)``, differentiated as XNOR-Net does: through the mean, and through the sign
-    as if it were the identity on [-1, 1]:
+    """``mean|w| · sign(w)``, differentiated as XNOR-Net does: through the mean, and through the
+    sign as if it were the identity on [-1, 1]:
     ``∂L/∂w_i = sign(w_i)/n · Σ_j g_j sign(w_j) + g_i mean|w| 1[|w_i| <= 1]``.
     ``rule=identity`` has ``g_i`` instead."""
 

@@ -47,7 +47,8 @@ def kmeans(values: Tensor, clusters: int, iterations: int = 50) -> tuple[Tensor,
 
 
 class Shared(WeightQuantizer):
-    """Float, then pruned, then an index into centroids, whose gradient is the sum over a cluster."""
+    """Float, then pruned, then an index into centroids; a centroid's gradient is its cluster's
+    sum."""
 
     def __init__(self, latent: Tensor, bits: int, config: TrainConfig,
                  options: Mapping[str, Any]) -> None:
@@ -80,14 +81,14 @@ class Shared(WeightQuantizer):
 
 class DeepCompression(QuantizerMethod):
     """Prune by magnitude, retrain, cluster each layer's weights to ``2**bits`` centroids, and train
-    the centroids. The first share ``dense`` of the epochs is full precision, up to ``sparse`` pruned;
-    until then what is measured is the float network. Pruned weights stay zero.
+    the centroids. The first share ``dense`` of the epochs is full precision, up to ``sparse``
+    pruned; until then what is measured is the float network. Pruned weights stay zero.
 
     Options: ``dense``, ``sparse``; ``sparsity``, of all layers or ``0.8:0.92:…`` of each.
 
-    Not implemented: a file in its sparse, Huffman-coded format, whose size ``weight_bits`` estimates;
-    widths of more than 4 bits (the paper has 8 for convolutions). No packed format has free
-    centroids, so the weights are saved as floats.
+    Not implemented: a file in its sparse, Huffman-coded format, whose size ``weight_bits``
+    estimates; widths of more than 4 bits (the paper has 8 for convolutions). No packed format has
+    free centroids, so the weights are saved as floats.
     """
 
     OPTIONS: ClassVar = {"dense": 0.4, "sparse": 0.7, "sparsity": "0.9"}

@@ -79,7 +79,7 @@ class Method:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether ``evaluating`` shows quantized weights already; False in a method's first phases."""
+        """Whether ``evaluating`` shows quantized weights; False in some methods' first phases."""
         return True
 
     def set_lr(self, lr: float) -> None:

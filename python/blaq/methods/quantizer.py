@@ -42,7 +42,7 @@ class _StraightThrough(torch.autograd.Function):
 def straight_through(latent: Tensor, value: Tensor) -> Tensor:
     """``value``, whose gradient goes to ``latent`` unchanged. Exact, where the usual
     ``latent + (value - latent).detach()`` rounds twice."""
-    found: Tensor = _StraightThrough.apply(latent, value)
+    found: Tensor = _StraightThrough.apply(latent, value)  # type: ignore[no-untyped-call]
     return found
 
 

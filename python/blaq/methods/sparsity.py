@@ -62,7 +62,7 @@ def huffman_bits(symbols: Tensor) -> int:
 
 def sparse_bits(codes: Tensor, mask: Tensor) -> int:
     """Bits of Deep Compression's format: Huffman codes of the kept weights and of the gaps between
-    them; a gap of more than 32 takes a padding zero for each 32. Tables and codebook not counted."""
+    them; a gap takes a padding zero for each 32 in it. Tables and codebook are not counted."""
     position = mask.flatten().nonzero().flatten().cpu()
     gaps = torch.diff(position, prepend=torch.tensor([-1])) - 1
     padding = gaps // LARGEST_GAP

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -43,7 +43,7 @@ NOT_NEGATIVE = Rule("be at least 0 and finite", lambda x: 0 <= x < float("inf"))
 AT_LEAST_1 = Rule("be at least 1", lambda x: x >= 1)
 
 
-def _option(default: Any, help: str, choices: tuple[str, ...] | None = None,
+def _option(default: Any, help: str, choices: Collection[str] | None = None,
             rule: Rule | None = None) -> Any:
     return field(default=default, metadata=MappingProxyType(
         {"help": help, "choices": choices, "rule": rule}))
@@ -76,7 +76,7 @@ class TrainConfig:
 
     method: str = _option("blaq", "fp: full precision; laq: one evaluation a step; blaq: one step "
                           "forward and backtrack, two evaluations; docs/methods.md has all",
-                          tuple(METHODS))
+                          METHODS)
     bits: int = _option(0, "width of a quantized weight, 1 to 4 bits; 0: the method's own",
                         rule=Rule("be 1, 2, 3 or 4", lambda x: x in (0, 1, 2, 3, 4)))
     codebook: str = _option("", "magnitudes of the weights; the method's own if not given", (
