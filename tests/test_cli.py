@@ -243,10 +243,12 @@ def test_env(capsys, tmp_path, monkeypatch):
     assert report["ops"] == blaq_kernels.serving() and "fused_step" in report["ops"]
     assert report["versions"]["torch"] == torch.__version__
     assert report["cpu"]["capability"] == blaq_kernels.cpu_capability()
+    assert report["cpu"]["int8"] == blaq_kernels.int8_kernels()
     assert report["data"] == {"BLAQ_DATA": str(tmp_path), "found": ["mnist"]}
     assert report["variables"]["BLAQ_DATA"] == str(tmp_path)
     _, out, _ = call(capsys, "env")
     assert re.search(r"^  fused_step +\S", out, re.M) and "torch uses" in out
+    assert (blaq_kernels.int8_kernels() or "no 8-bit kernels") in out
     assert f"BLAQ_DATA is {tmp_path}, with mnist" in out
 
 

@@ -40,6 +40,8 @@ const Int8Kernels* int8_kernels() {
 #if defined(__x86_64__)
   if (capability() == Capability::base) return nullptr;
   return has_vnni() ? &avx512::kInt8 : &avx2::kInt8;
+#elif defined(__aarch64__)
+  return &base::kInt8;
 #else
   return nullptr;
 #endif

@@ -1,4 +1,4 @@
-// A packed weight times rows of floats in 8-bit arithmetic: AVX-512 with VBMI and VNNI, or AVX2. Faster
+// A packed weight times rows of floats in 8-bit arithmetic: AVX-512 with VBMI and VNNI, AVX2, NEON. Faster
 // than packed_matmul.h and less exact; what it cannot do, that does.
 //
 // Both ways read the weight repacked: for 16 outputs and 32 inputs, `words` registers whose lanes have 8

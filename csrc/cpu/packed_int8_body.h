@@ -11,4 +11,8 @@ BLAQ_END_TARGET
 #include "cpu/packed_int8_bytes.h"
 #include "cpu/packed_int8_driver.h"
 static const Int8Kernels kInt8{"AVX2", multiply_packed};
+#elif defined(__aarch64__)
+#include "cpu/packed_int8_bytes.h"
+#include "cpu/packed_int8_driver.h"
+static const Int8Kernels kInt8{"NEON", multiply_packed};
 #endif

@@ -1,5 +1,5 @@
 // The inner loops of 8-bit arithmetic where no instruction multiplies and accumulates bytes by itself into
-// 32 bits for a look-up's result: AVX2. See packed_int8_driver.h for what a block is.
+// 32 bits for a look-up's result: AVX2 and NEON. See packed_int8_driver.h for what a block is.
 
 // Nearest integers, ties to even, of what is below 2^22: all that has a unit is.
 inline Ints nearest(Floats x) {

@@ -91,6 +91,9 @@ inline float unit_of(const Levels& levels) {
   return levels.unit;
 }
 
+template <int DIGITS>
+constexpr float kMostInput = DIGITS == 1 ? 127.0f : 32700.0f;
+
 // Of two 8-bit inputs of one product the sum too. A product's two inputs are 8 apart.
 template <int DIGITS>
 inline float largest_input(const float* x, int count, const Levels& levels) {
@@ -181,6 +184,143 @@ struct Products<2, WIDE> {
       sum += (Ints)_mm256_madd_epi16(level[i].odd, broadcast_four(x + 8 * i + 4));
     }
     return sum;
+  }
+};
+#else
+using Bytes = uint8x16_t;
+constexpr int kBytes = 16;
+
+inline Bytes load_bytes_of(const uint8_t* p) { return vld1q_u8(p); }
+inline Bytes load_table(const uint8_t* p) { return vld1q_u8(p); }
+inline Bytes look_up(Bytes table, Bytes index) { return vqtbl1q_u8(table, index); }
+inline Bytes low_digits(Bytes x) { return vandq_u8(x, vdupq_n_u8(15)); }
+inline Bytes high_digits(Bytes x) { return vshrq_n_u8(x, 4); }
+
+// The neighbours BY lanes away.
+template <int BY>
+inline Floats swap_pairs(Floats x) {
+  const float32x4_t y = (float32x4_t)x;
+  return (Floats)(BY == 1 ? vrev64q_f32(y) : vextq_f32(y, y, 2));
+}
+
+// Byte j of 16 lanes of 4 bytes.
+inline void load_planes(const uint8_t* first, const uint8_t*, Bytes (&plane)[4]) {
+  const uint8x16x4_t all = vld4q_u8(first);
+  for (int j = 0; j < 4; ++j) plane[j] = all.val[j];
+}
+
+struct Sums {
+  uint16x8_t low, high;
+
+  void add(Bytes x) {
+    low = vaddw_u8(low, vget_low_u8(x));
+    settle(low);
+    high = vaddw_high_u8(high, x);
+    settle(high);
+  }
+  void outputs(Ints (&out)[4]) const {
+    out[0] = (Ints)vmovl_u16(vget_low_u16(low));
+    out[1] = (Ints)vmovl_high_u16(low);
+    out[2] = (Ints)vmovl_u16(vget_low_u16(high));
+    out[3] = (Ints)vmovl_high_u16(high);
+  }
+};
+
+// Levels as s8. What high accuracy lacks of a level of 128 is the rest; without it the highest is 127, and a
+// unit between shares the error among all levels.
+struct Levels {
+  alignas(16) uint8_t level[16], rest[16];
+  float unit;
+  static constexpr int zero = 0;
+  bool wide;
+
+  Levels(const float* levels, int bits, Accuracy accuracy) {
+    int factor = level_factor(levels, bits);
+    if (factor == 0) factor = 127;
+    wide = factor == 128 && accuracy == Accuracy::high;
+    unit = factor == 128 && !wide ? 1 / 127.5f : 1.0f / factor;
+    for (int c = 0; c < 16; ++c) {
+      const int x = c < 1 << bits ? static_cast<int>(std::nearbyint(levels[c] * factor)) : 0;
+      level[c] = static_cast<uint8_t>(std::min(x, 127));
+      rest[c] = x == 128;
+    }
+  }
+};
+
+constexpr bool kTwoForms = true;
+inline Levels levels_of(const PackedMatrix& weight, Accuracy accuracy) {
+  return Levels(weight.levels, weight.bits, accuracy);
+}
+template <int DIGITS>
+inline float unit_of(const Levels& levels) {
+  return levels.unit;
+}
+
+template <int DIGITS>
+constexpr float kMostInput = DIGITS == 1 ? 127.0f : 32512.0f;  // 256 · 127: two signed digits
+
+template <int DIGITS>
+inline float largest_input(const float* x, int count, const Levels&) {
+  Ints most = {};
+  for (int i = 0; i < count; i += kLanes) most = larger_bits(most, magnitude_bits(load(x + i)));
+  return largest_lane(most);
+}
+
+// 32 inputs: of the digits (p, half) those of 4 bytes; of 16-bit inputs first their high bytes.
+template <int DIGITS>
+inline void put_inputs(const int32_t* x, uint8_t* out) {
+  for (int p = 0; p < 4; ++p) {
+    for (int half = 0; half < 2; ++half, out += 4 * DIGITS) {
+      for (int j = 0; j < 4; ++j) {
+        const int32_t input = x[4 * (2 * j + half) + p];
+        if (DIGITS == 2) out[j] = static_cast<uint8_t>((input + 128) >> 8);
+        out[4 * (DIGITS - 1) + j] = static_cast<uint8_t>(input);
+      }
+    }
+  }
+}
+
+inline int8x16_t broadcast_four(const uint8_t* at) {
+  int32_t four;
+  std::memcpy(&four, at, 4);
+  return vreinterpretq_s8_s32(vdupq_n_s32(four));
+}
+
+// sum + the four products of each 32 bits.
+inline int32x4_t dot(int32x4_t sum, int8x16_t a, int8x16_t b) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return vdotq_s32(sum, a, b);
+#else
+  const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+  return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+#endif
+}
+
+template <int DIGITS, bool WIDE>
+struct Products {
+  static constexpr int kRun = 2;
+  struct Register {
+    int8x16_t level, rest;
+  };
+  Bytes table, rest;
+
+  explicit Products(const Levels& levels) : table(vld1q_u8(levels.level)), rest(vld1q_u8(levels.rest)) {}
+  Register levels(Bytes digits) const {
+    Register out{vreinterpretq_s8_u8(look_up(table, digits)), vdupq_n_s8(0)};
+    if (WIDE) out.rest = vreinterpretq_s8_u8(look_up(rest, digits));
+    return out;
+  }
+  Ints add(const Register (&level)[2], const uint8_t* x, Ints sum) const {
+    const auto digit = [&](int32x4_t total, int at) {
+      for (int i = 0; i < 2; ++i) {
+        const int8x16_t input = broadcast_four(x + 4 * (DIGITS * i + at));
+        total = dot(total, level[i].level, input);
+        if (WIDE) total = dot(total, level[i].rest, input);
+      }
+      return total;
+    };
+    if (DIGITS == 1) return (Ints)digit((int32x4_t)sum, 0);
+    return (Ints)vaddq_s32(digit((int32x4_t)sum, 1), vshlq_n_s32(digit(vdupq_n_s32(0), 0), 8));
   }
 };
 #endif

@@ -4,7 +4,7 @@
 // - Levels: the codebook as integers; levels_of, unit_of; kTwoForms where add_levels has a form for narrow
 //   levels and one for wide ones;
 // - kRowsOfTile, kVectors: the shape of a register block; kSegment: inputs of one unit at most;
-// - largest_sum, largest_input: what must stay within a unit's integers; build_tables, quantize;
+// - largest_sum, largest_input: what must stay within a unit's integers, kMostInput; build_tables, quantize;
 // - add_tables, add_levels: a block's products.
 
 constexpr int64_t kPrepared = 24 << 10;   // bytes of a tile's tables or digits that stay in L1
@@ -45,7 +45,7 @@ struct Kernel {
   // False where the row has no such unit.
   bool prepare(const float* x, int words, int segment_words, uint8_t* data, float* unit,
                int32_t* offset) const {
-    constexpr float kMost = DIGITS == 1 ? 127.0f : 32700.0f;
+    constexpr float kMost = !kTables ? kMostInput<DIGITS> : DIGITS == 1 ? 127.0f : 32700.0f;
     for (int w = 0; w < words; w += segment_words) {
       const int count = std::min(segment_words, words - w);
       float most;

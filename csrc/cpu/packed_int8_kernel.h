@@ -1,4 +1,5 @@
-// The inner loops of 8-bit arithmetic with VBMI and VNNI of AVX-512: inputs become tables or 8-bit integers, and registers of the weight are looked up or multiplied.
+// The inner loops of 8-bit arithmetic with VBMI and VNNI of AVX-512: inputs become tables or 8-bit integers,
+// and registers of the weight are looked up or multiplied.
 
 // Ends the compiler's freedom to move what makes x: g++ would keep too much alive, and spill sums.
 inline void settle(__m512i& x) { asm volatile("" : "+v"(x)); }
@@ -12,6 +13,8 @@ inline float unit_of(const Levels& levels) {
   return DIGITS == 1 ? levels.unit : levels.wide_unit;
 }
 
+template <int DIGITS>
+constexpr float kMostInput = DIGITS == 1 ? 127.0f : 32700.0f;
 template <int WORDS, int DIGITS>
 constexpr int kRowsOfTile = 4;
 template <int WORDS, int DIGITS>

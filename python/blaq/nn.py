@@ -315,6 +315,11 @@ class PackedConv2d(PackedLayer):
             self.stride, self._op_padding, self.dilation, self.groups, self.repacked(),
             self.accuracy, self.relu)
 
+    def _wants_repacked(self) -> bool:
+        # Without groups of inputs, the only 8-bit kernels of convolutions are AVX-512's.
+        return super()._wants_repacked() and (
+            self.group_size > 0 or blaq_kernels.int8_kernels() == "AVX-512 VNNI")
+
     def _repack(self) -> Tensor:
         if self.group_size > 0:
             return super()._repack()

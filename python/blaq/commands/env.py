@@ -85,7 +85,9 @@ def _lines(report: dict[str, Any]) -> list[str]:
         others = ", ".join(cpu["capabilities"])
         lines.append(f"instruction set: {cpu['capability']} (this processor can run {others})")
     lines.append(f"packed layers: accuracy {cpu['accuracy']}; " + (
-        f"high and fast in 8-bit arithmetic ({cpu['int8']}), exact in float32" if cpu["int8"] else
+        f"high and fast in 8-bit arithmetic ({cpu['int8']}"
+        f"{'' if cpu['int8'] == 'AVX-512 VNNI' else '; convolutions in float32'}), exact in float32"
+        if cpu["int8"] else
         "all in float32: no 8-bit kernels for this instruction set"))
     lines.append(f"CPU: {cpu['cores']} cores, torch uses {cpu['threads']} threads")
     cuda = report["cuda"]
