@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import blaq_kernels
 from blaq_kernels.reference import dequantize
 
 from .case import BLAQ, Case, Table, Variant
@@ -132,6 +133,29 @@ def _linears(weight: Tensor, bias: Tensor, x: Tensor) -> dict[str, Callable[[], 
     return calls
 
 
+def _on(capability: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        before = blaq_kernels.cpu_capability()
+        blaq_kernels.set_cpu_capability(capability)
+        try:
+            return call()
+        finally:
+            blaq_kernels.set_cpu_capability(before)
+
+    return run
+
+
+def _lesser_kernels() -> dict[str, str]:
+    """The capability of each set of 8-bit kernels that this processor can run, but for those in use."""
+    own, before, found = blaq_kernels.int8_kernels(), blaq_kernels.cpu_capability(), {}
+    for capability in blaq_kernels.cpu_capabilities():
+        blaq_kernels.set_cpu_capability(capability)
+        found.setdefault(blaq_kernels.int8_kernels(), capability)
+    if before != "none":
+        blaq_kernels.set_cpu_capability(before)
+    return {kernels: name for kernels, name in found.items() if kernels not in ("", own)}
+
+
 def _packed_linear(case: Case, full: bool) -> list[Variant]:
     m, n, k = case.size
     codes, qweight, scale = make_weight(case, n, k)
@@ -145,8 +169,11 @@ def _packed_linear(case: Case, full: bool) -> list[Variant]:
         return lambda: _ops.packed_linear.default(own[0], qweight, scale, own[1], case.levels,
                                                   case.group_size, repacked, accuracy)
 
-    calls = {BLAQ: packed("high"), "blaq, fast": packed("fast"), "blaq, exact": packed("exact"),
-             **_linears(weight, bias, x)}
+    calls = {BLAQ: packed("high"), "blaq, fast": packed("fast"), "blaq, exact": packed("exact")}
+    for kernels, capability in _lesser_kernels().items():
+        calls |= {f"blaq, high, {kernels}": _on(capability, packed("high")),
+                  f"blaq, fast, {kernels}": _on(capability, packed("fast"))}
+    calls |= _linears(weight, bias, x)
     weight_bytes = {BLAQ: qweight.nbytes + scale.nbytes, LINEAR_FLOAT32: weight.nbytes,
                     LINEAR_BFLOAT16: weight.nbytes // 2}
     with torch.no_grad():
