@@ -41,6 +41,10 @@ def test_ewgs_gradient_by_hand():
     expected = [[0.0, 2 * (1 + 0.2 * 0.3), -4 * (1 - 0.2 * 0.2)],
                 [0.0, 0.0, -8 * (1 + 0.2 * 0.1)]]
     torch.testing.assert_close(latent.grad, torch.tensor(expected))
+    latent.grad = None
+    quantizer.delta.fill_(-0.2)  # the loss is concave: max(0, δ), as in LSQ
+    quantizer(latent).sum().backward()
+    assert latent.grad.tolist() == [[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]]
 
 
 def test_ewgs_delta_of_a_quadratic():
@@ -65,9 +69,8 @@ def test_ewgs_delta_of_a_quadratic():
     expected = step**2 * hessian.sum().item() / 30 / (3 * (step * grad).std().item())
     assert found == [pytest.approx(expected, rel=1e-2)]
     assert quantizer.probe is None and torch.equal(torch.get_rng_state(), random_state)
-    concave = [-hessian, hessian]
-    hessian = concave[0]
-    assert curvature_deltas(layer, [quantizer], closure, seed=3) == [0.0]
+    hessian = -hessian
+    assert curvature_deltas(layer, [quantizer], closure, seed=3) == [pytest.approx(-expected, 1e-2)]
 
 
 def test_ewgs_looks_at_the_first_batches_of_every_epoch_but_the_first():

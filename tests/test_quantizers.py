@@ -477,6 +477,22 @@ def test_lr_net_begins_at_the_weights():
     torch.testing.assert_close(mean[~reached].abs(), bound[~reached])
 
 
+@pytest.mark.parametrize("bits", [1, 2])
+def test_lr_net_s_gradients_by_finite_differences(bits):
+    weight = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).double()
+    quantizer = RandomWeight(weight, bits).double()
+    latent = quantizer.right_inverse(weight).detach().requires_grad_()
+    logits = [] if bits == 1 else [quantizer.zero_logit.detach().clone().requires_grad_()]
+
+    def moments(latent, *logit):
+        if logit:
+            del quantizer.zero_logit
+            quantizer.zero_logit = logit[0]
+        return quantizer.mean(latent), quantizer.variance(latent)
+
+    assert torch.autograd.gradcheck(moments, [latent, *logits])
+
+
 MEANINGLESS = [
     (LearnedStep, 1, "2 or 3 or 4"), (OptimalClip, 1, "2 or 3 or 4"), (StemResidual, 3, "2"),
     (LearnedInterval, 1, "2 or 3 or 4"), (StretchedElastic, 3, "2"), (ElasticBinary, 2, "1"),

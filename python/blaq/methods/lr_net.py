@@ -1,6 +1,7 @@
 """LR-nets (Shayer, Levi, Fetaya, ICLR 2018, arXiv 1710.07739): learn the distribution of each
 discrete weight by the local reparameterization trick.
- A weight is -1, 0 or 1 at random: 0 with ``p₀ = σ(θ_a)``, of the others 1 with ``σ(θ_b)``; a binary
+
+A weight is -1, 0 or 1 at random: 0 with ``p₀ = σ(θ_a)``, of the others 1 with ``σ(θ_b)``; a binary
 one has p₀ = 0. Its mean is ``μ = (1 - p₀)(2σ(θ_b) - 1)``, its variance ``(1 - p₀) - μ²``. By the
 central limit theorem a layer's output is normal, so training draws ``x∗μ + ε √(x²∗σ² + 10⁻⁷)``, and
 the gradient reaches θ without any straight-through. The latent weight is θ_b. Evaluation and what
