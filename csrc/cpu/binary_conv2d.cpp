@@ -37,6 +37,10 @@ void pixel_bits(const T* x, const Conv& conv, const BinaryMatrix& weight, uint64
       for (int64_t at = first * kPlaces; at < std::min(plane, last * kPlaces); at += kPlaces) {
         const int64_t count = std::min(kPlaces, plane - at);
         uint64_t* to = bits + (image * plane + at) * pixel_words;
+        if (conv.channels_last && weight.channels % 64 == 0) {
+          BLAQ_VARIANT(sign_bits<T>)(x + (image * plane + at) * channels, count * channels, to);
+          continue;
+        }
         for (int64_t group = 0; group < weight.groups; ++group) {
           const int64_t channel = group * weight.channels;
           if (conv.channels_last) {
@@ -77,13 +81,34 @@ std::vector<int32_t> tap_corrections(const BinaryMatrix& weight) {
   return corrections;
 }
 
+// Copies a few words, and up to kSlack - 1 after them: a call of memcpy would take longer.
+constexpr int64_t kSlack = 4;
+inline uint64_t* copy_words(const uint64_t* from, int64_t count, uint64_t* to) {
+  for (int64_t i = 0; i < count; i += kSlack) std::memcpy(to + i, from + i, kSlack * sizeof(uint64_t));
+  return to + count;
+}
+
+// A place of the output; the next one costs no division.
+struct Place {
+  int64_t image, y, x;
+  Place(const Conv& conv, int64_t at)
+      : image(at / (conv.out_height * conv.out_width)),
+        y(at / conv.out_width % conv.out_height),
+        x(at % conv.out_width) {}
+  void advance(const Conv& conv) {
+    if (++x < conv.out_width) return;
+    x = 0;
+    if (++y < conv.out_height) return;
+    y = 0, ++image;
+  }
+};
+
 // The words under the kernel at one place of the output; `padded` gets the taps that lie outside.
 void gather(const Conv& conv, const BinaryMatrix& weight, const uint64_t* bits, int64_t group,
-            int64_t place, uint64_t* row, std::vector<int32_t>& padded) {
-  const int64_t words = weight.tap_words(), line = place / conv.out_width;
-  const int64_t image = line / conv.out_height;
-  const int64_t top = line % conv.out_height * conv.stride[0] - conv.padding[0];
-  const int64_t left = place % conv.out_width * conv.stride[1] - conv.padding[1];
+            const Place& place, uint64_t* row, std::vector<int32_t>& padded) {
+  const int64_t words = weight.tap_words(), image = place.image;
+  const int64_t top = place.y * conv.stride[0] - conv.padding[0];
+  const int64_t left = place.x * conv.stride[1] - conv.padding[1];
   const bool inside = left >= 0 && left + conv.kernel[1] <= conv.width;
   const bool in_one_run = inside && conv.dilation[1] == 1 && weight.groups == 1;
   int32_t tap = 0;
@@ -92,7 +117,7 @@ void gather(const Conv& conv, const BinaryMatrix& weight, const uint64_t* bits, 
     const int64_t y = top + i * conv.dilation[0];
     if (in_one_run && y >= 0 && y < conv.height) {
       const int64_t run = conv.kernel[1] * words;
-      row = std::copy_n(bits + ((image * conv.height + y) * conv.width + left) * words, run, row);
+      row = copy_words(bits + ((image * conv.height + y) * conv.width + left) * words, run, row);
       tap += static_cast<int32_t>(conv.kernel[1]);
       continue;
     }
@@ -102,8 +127,8 @@ void gather(const Conv& conv, const BinaryMatrix& weight, const uint64_t* bits, 
         std::fill_n(row, words, uint64_t{0});
         padded.push_back(tap);
       } else {
-        std::copy_n(bits + (((image * conv.height + y) * conv.width + x) * weight.groups + group) * words,
-                    words, row);
+        copy_words(bits + (((image * conv.height + y) * conv.width + x) * weight.groups + group) * words,
+                   words, row);
       }
     }
   }
@@ -122,13 +147,9 @@ void put(const Conv& conv, const Sum<T>* sums, int64_t place, int count, int64_t
   }
   const int64_t plane = conv.out_height * conv.out_width;
   for_each_run(place, place + count, plane, [&](int64_t image, int64_t first, int64_t last) {
-    const Sum<T>* from = sums + (image * plane + first - place) * kBinaryWidth;
-    for (int64_t j = 0; j < width; ++j) {
-      Sum<T> line[kBinaryRows];
-      for (int64_t r = 0; r < last - first; ++r) line[r] = from[r * kBinaryWidth + j];
-      BLAQ_VARIANT(narrow_run<Sum<T>, T>)
-      (line, out + (image * outputs + n + j) * plane + first, last - first);
-    }
+    BLAQ_VARIANT(to_planes<Sum<T>, T>)
+    (sums + (image * plane + first - place) * kBinaryWidth, kBinaryWidth, last - first, width,
+     out + (image * outputs + n) * plane + first, plane);
   });
 }
 
@@ -140,7 +161,8 @@ void convolve(const Tensor& input, const BinaryMatrix& weight, const BinaryScale
   const T* b = bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr;
   T* out = static_cast<T*>(output.mutable_data_ptr());
   const Tensor pixels = torch::stable::new_empty(
-      input, {conv.batch * conv.height * conv.width * weight.groups * weight.tap_words()}, ScalarType::Long);
+      input, {conv.batch * conv.height * conv.width * weight.groups * weight.tap_words() + kSlack},
+      ScalarType::Long);
   uint64_t* bits = reinterpret_cast<uint64_t*>(pixels.mutable_data_ptr<int64_t>());
   pixel_bits(static_cast<const T*>(input.const_data_ptr()), conv, weight, bits);
   const bool pads = conv.padding[0] > 0 || conv.padding[1] > 0;
@@ -149,7 +171,7 @@ void convolve(const Tensor& input, const BinaryMatrix& weight, const BinaryScale
   const int64_t places = conv.batch * conv.out_height * conv.out_width;
   constexpr int64_t kCheaper = 16;  // than the products that share_matrix counts
   share_matrix(places, n, k / kCheaper, [&](int64_t first, int64_t last, int64_t begin, int64_t end) {
-    std::vector<uint64_t> rows(kBinaryRows * words);
+    std::vector<uint64_t> rows(kBinaryRows * words + kSlack);
     std::vector<int32_t> padded[kBinaryRows];
     int32_t counts[kBinaryRows * kBinaryWidth], corrections[kBinaryRows][kBinaryWidth];
     const int32_t* correction[kBinaryRows];
@@ -157,8 +179,9 @@ void convolve(const Tensor& input, const BinaryMatrix& weight, const BinaryScale
     for (int64_t place = first; place < last; place += kBinaryRows) {
       const int count = static_cast<int>(std::min<int64_t>(kBinaryRows, last - place));
       for (int64_t group = 0; group < weight.groups; ++group) {
-        for (int r = 0; r < count; ++r) {
-          gather(conv, weight, bits, group, place + r, rows.data() + r * words, padded[r]);
+        Place at_place(conv, place);
+        for (int r = 0; r < count; ++r, at_place.advance(conv)) {
+          gather(conv, weight, bits, group, at_place, rows.data() + r * words, padded[r]);
         }
         for (int64_t at = begin; at < end; at += kBinaryWidth) {
           const int64_t width = std::min(kBinaryWidth, end - at), output = group * n + at;
@@ -174,10 +197,12 @@ void convolve(const Tensor& input, const BinaryMatrix& weight, const BinaryScale
           }
           for (int64_t j = 0; j < width; ++j) scales[j] = scale(output + j, 0);
           if (b) BLAQ_VARIANT(widen<T, S>)(b + output, biases, width);
+          const bool direct = std::is_same_v<S, T> && conv.channels_last;
+          S* to = direct ? reinterpret_cast<S*>(out + place * weight.groups * n + output) : sums;
           BLAQ_VARIANT(scale_counts<S>)
-          (counts, kBinaryWidth, count, width, static_cast<int32_t>(k), correction, scales, biases, 0, sums,
-           kBinaryWidth);
-          put(conv, sums, place, count, output, width, weight.groups * n, out);
+          (counts, kBinaryWidth, count, width, static_cast<int32_t>(k), correction, scales, biases, 0, to,
+           direct ? weight.groups * n : kBinaryWidth);
+          if (!direct) put(conv, sums, place, count, output, width, weight.groups * n, out);
         }
       }
     }

@@ -5,6 +5,8 @@
 
 #include "cpu/binary_bits_kernel.h"
 
+#include "cpu/conv_tensors_kernel.h"
+
 // out[r][j] = (inputs - 2 · counts[r][j] + correction[r][j]) · scales[j] + add[r][j]. The first factor is
 // an integer, exact up to 2^24 inputs. A correction is for a row, null for none; `add` may be `out`.
 template <typename S>

@@ -16,7 +16,7 @@
 #include "cpu/unpack.h"
 #include "packed_checks.h"
 
-#define BLAQ_KERNEL_FILE "cpu/conv_tensors_kernel.h"
+#define BLAQ_KERNEL_FILE "cpu/conv_image_kernel.h"
 #include "cpu/foreach_isa.h"
 
 namespace blaq {
@@ -80,13 +80,9 @@ void put(const Conv& conv, const float* result, int64_t pixel, int count, int64_
     return;
   }
   for_each_run(pixel, pixel + count, plane, [&](int64_t image, int64_t first, int64_t last) {
-    const float* from = result + (image * plane + first - pixel) * width;
-    for (int64_t j = 0; j < width; ++j) {
-      float line[kRows];
-      for (int64_t r = 0; r < last - first; ++r) line[r] = from[r * width + j];
-      BLAQ_VARIANT(narrow_run<float, T>)
-      (line, out + (image * outputs + n + j) * plane + first, last - first);
-    }
+    BLAQ_VARIANT(to_planes<float, T>)
+    (result + (image * plane + first - pixel) * width, width, last - first, width,
+     out + (image * outputs + n) * plane + first, plane);
   });
 }
 
@@ -116,8 +112,8 @@ ConvTensors conv_tensors(const Tensor& input, const Conv& conv, int64_t outputs,
           [=, &conv](const float* results, int64_t image, int64_t place, int count, int64_t n,
                      int64_t width) {
             if (!conv.channels_last) {
-              BLAQ_VARIANT(to_planes<T>)
-              (results, count, width, to + (image * outputs + n) * places + place, places);
+              BLAQ_VARIANT(to_planes<float, T>)
+              (results, width, count, width, to + (image * outputs + n) * places + place, places);
               return;
             }
             for (int r = 0; r < count; ++r) {
