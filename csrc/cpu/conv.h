@@ -31,4 +31,12 @@ struct ConvTensors {
       store;
 };
 
+// One input and one output channel a group, in float.
+struct Depthwise {
+  const Conv& conv;
+  const float *input, *weight, *bias;  // weight: [tap][channel]; bias may be null
+  float* output;
+  bool relu;
+};
+
 }  // namespace blaq

@@ -211,6 +211,27 @@ Tensor call_relu(const Tensor& x) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// As many groups as channels and outputs, channels last.
+void depthwise(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+               const Conv& conv, bool relu, Tensor& output) {
+  const int64_t channels = conv.channels, taps = conv.taps();
+  std::vector<float> by_tap(taps * channels);
+  const float* from = weight.const_data_ptr<float>();
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t tap = 0; tap < taps; ++tap) by_tap[tap * channels + c] = from[c * taps + tap];
+  }
+  const Depthwise d{conv, input.const_data_ptr<float>(), by_tap.data(),
+                    bias ? bias->const_data_ptr<float>() : nullptr, output.mutable_data_ptr<float>(), relu};
+  constexpr int64_t kProducts = 1 << 17;  // that a thread is worth waking for
+  torch::stable::parallel_for(0, conv.batch * conv.out_height,
+                              1 + kProducts / (conv.out_width * channels * taps),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  BLAQ_VARIANT(depthwise_line)(d, i / conv.out_height, i % conv.out_height);
+                                }
+                              });
+}
+
 // The weight by taps; with groups of inputs, which cross taps, by inputs.
 void check_conv_repacked(const char* op, const Tensor& repacked, const Tensor& qweight,
                          int64_t in_features, const Extent& kernel, int64_t group_size, int64_t groups) {
@@ -253,8 +274,14 @@ Tensor packed_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& s
   constexpr auto kFirst = torch::headeronly::MemoryFormat::Contiguous;
   const auto layout = conv.channels_last ? kLast : kFirst;
   const bool empty = conv.batch == 0 || outputs == 0;
-  constexpr int64_t kFewOutputs = 8;
-  if (!empty && (wide || outputs / groups < kFewOutputs)) {
+  const bool single = conv.channels_last && channels == groups && outputs == groups &&
+                      input.scalar_type() == ScalarType::Float;
+  // Few channels leave lanes idle, few outputs have nothing to share tables among.
+  constexpr int64_t kFewOutputs = 8, kFewChannels = 8, kManyProducts = 1 << 24;
+  const bool few = outputs / groups < kFewOutputs ||
+                   (conv.group_channels() < kFewChannels &&
+                    conv.batch * conv.places() * outputs * in_features >= kManyProducts);
+  if (!empty && (wide || (few && !single))) {
     Tensor output = torch::stable::contiguous(
         unpacked_conv2d(dense, qweight, scale, bias, levels, group_size, in_features, conv), layout);
     return relu ? call_relu(output) : output;
@@ -263,6 +290,11 @@ Tensor packed_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& s
       torch::stable::empty({conv.batch, outputs, conv.out_height, conv.out_width},
                            input.scalar_type(), std::nullopt, std::nullopt, std::nullopt, layout);
   if (empty) return output;
+  if (single) {
+    depthwise(dense, unpack_weight(qweight, scale, levels, group_size, in_features, ScalarType::Float), bias,
+              conv, relu, output);
+    return output;
+  }
   const PackedMatrix weight =
       packed_matrix(qweight, scale, levels, group_size, in_features, input.scalar_type(), groups);
   with_float_type(input.scalar_type(), [&]<typename T>() {

@@ -25,6 +25,7 @@ import torch
 from .binary import TABLES as BINARY
 from .case import AXES, Case, Result, Row, Table, run_case
 from .machine import Environment, describe
+from .network import TABLES as NETWORK
 from .output import format_result, format_verdicts, write_csv, write_json
 from .packed import TABLES as PACKED
 from .plot import plot
@@ -33,7 +34,7 @@ from .training import TABLES as TRAINING
 
 __all__ = ["TABLES", "add_arguments", "run"]
 
-TABLES: dict[str, Table] = {**TRAINING, **PACKED, **BINARY}
+TABLES: dict[str, Table] = {**TRAINING, **PACKED, **BINARY, **NETWORK}
 BUSY = 0.5
 
 
