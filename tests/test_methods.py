@@ -14,7 +14,7 @@ from blaq.methods.quantizer import QuantizerMethod
 from blaq.nn import PackedLayer
 from blaq.train import data as datasets
 from blaq.train.config import TrainConfig
-from blaq.train.loop import evaluate, train
+from blaq.train.loop import evaluate, quantized_epochs, train
 from blaq.train.models import build
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -143,6 +143,13 @@ def test_options_without_a_meaning(tmp_path, data, fields, message):
     with pytest.raises(ValueError, match=f"blaq.methods: {message}"):
         train(TrainConfig(**fields), tmp_path / "run", data=data)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_epoch_is_chosen_among_those_that_measured_quantized_weights(tmp_path, data):
+    history = train(config("aq"), tmp_path, data=data)[2]
+    assert [line.get("quantized", True) for line in history] == [False, False, True]
+    assert quantized_epochs(history) == history[2:] and 0 < history[-1]["weight_bits"] <= 16
+    assert quantized_epochs(history[:2]) == history[:2]
 
 
 def test_options_are_read_by_the_type_of_their_default():

@@ -64,8 +64,9 @@ def _add_field(section: Any, entry: Any) -> None:
     if isinstance(entry.default, bool):
         options["action"], shown = argparse.BooleanOptionalAction, "yes" if entry.default else "no"
     else:
-        options |= {"type": type(entry.default), "choices": entry.metadata["choices"]}
-        if options["choices"] is None:
+        choices = entry.metadata["choices"]
+        options |= {"type": type(entry.default), "choices": choices and list(filter(None, choices))}
+        if choices is None:
             options["metavar"] = type(entry.default).__name__.upper().replace("STR", "TEXT")
     help = entry.metadata["help"] + (f" (default: {shown})" if shown != "" else "")
     section.add_argument(flag, help=help, **options)
@@ -153,8 +154,8 @@ def _write_models(model: nn.Module, out: Path) -> dict[str, int]:
 
 def _summary(history: list[dict[str, Any]], sizes: dict[str, int]) -> str:
     criterion = "valid_accuracy" if "valid_accuracy" in history[-1] else "test_accuracy"
-    shipping = [line for line in history if line.get("quantized", True)] or history
-    last, best = history[-1], max(shipping, key=lambda line: line[criterion])
+    last = history[-1]
+    best = max(loop.quantized_epochs(history), key=lambda line: line[criterion])
     which = "best validation epoch's" if criterion == "valid_accuracy" else "best epoch's"
     rows = [("", ""), ("test accuracy", percent(last["test_accuracy"])),
             (which, f"{percent(best['test_accuracy'])} (epoch {best['epoch']})"),

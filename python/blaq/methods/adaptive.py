@@ -98,6 +98,7 @@ class AQ(Method):
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         if not self.allocating:
+            self.units = []  # a longer run goes on from weights that were quantized
             return super().step(closure)
         loss: Tensor = evaluate(closure)
         self.loss_sum += loss.item()

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blaq_kernels.schemas import require
-
 from ..codebook import levels_for
 from ..encoding import recover_scale
 from ..functional import fake_quantize, solve
@@ -37,12 +35,9 @@ class ADMM(Method):
     """
 
     OPTIONS: ClassVar = {"rho": 1e-4, "growth": 1.0, "decay": 5e-5}
+    LEAST: ClassVar = dict.fromkeys(OPTIONS, 0)
 
     def prepare(self) -> Optimizer:
-        for name, value in self.options.items():
-            if isinstance(value, float):
-                require(value >= 0, "methods", f"option {name} of {self.config.method}",
-                        "be at least 0", value)
         layers: list[Any] = list(quantized_layers(self.model, self.config))
         self.latents: list[Tensor] = [layer.weight for layer, _ in layers]
         self.bits: list[int] = [bits for _, bits in layers]

@@ -198,10 +198,9 @@ class ALQ(Method):
     """
 
     OPTIONS: ClassVar = {"rounds": 4, "prune": 0.2}
+    LEAST: ClassVar = {"rounds": 0}
 
     def prepare(self) -> Optimizer:
-        require(self.options["rounds"] >= 0, "methods", "option rounds of alq", "be at least 0",
-                self.options["rounds"])
         require(0 <= self.options["prune"] < 1, "methods", "option prune of alq", "be in [0, 1)",
                 self.options["prune"])
         layers: list[Any] = list(quantized_layers(self.model, self.config))

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..train.config import TrainConfig
 from ..train.data import Data, Split, held_out
+from ..train.loop import quantized_epochs
 from .results import Claim, difference, spread, verdict
 from .runs import RECORD, Job, OutOfTime, Record, read_record, train_jobs
 
@@ -222,7 +223,8 @@ def _chosen_rates(study: Study, plan: Plan, out: Path, device: str
             name = _sweep_name(row, lr)
             if (out / name / RECORD).exists():
                 record = read_record(out / name, _swept(study, plan, row, lr, device))
-                best = max((line["test_accuracy"] for line in record["history"]), default=0.0)
+                epochs = quantized_epochs(record["history"])
+                best = max((line["test_accuracy"] for line in epochs), default=0.0)
                 found.append((best, lr))
         if len(found) == len(plan.rates):
             rates[row.key] = max(found, key=lambda pair: (pair[0], -pair[1]))[1]
@@ -233,7 +235,8 @@ def _chosen_rates(study: Study, plan: Plan, out: Path, device: str
 
 def best_line(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The epoch of the highest validation accuracy; of equals, of the lowest validation loss."""
-    return max(history, key=lambda line: (line["valid_accuracy"], -line["valid_loss"]))
+    return max(quantized_epochs(history),
+               key=lambda line: (line["valid_accuracy"], -line["valid_loss"]))
 
 
 def summarise(study: Study, plan: Plan, out: Path, device: str = "cpu") -> dict[str, Any]:

@@ -105,8 +105,8 @@ class TrainConfig:
     batch_size: int = _option(64, "images in a mini-batch", rule=AT_LEAST_1)
     lr: float = _option(1e-3, "learning rate at its highest", rule=POSITIVE)
     schedule: str = _option("cosine", "of lr after the warm-up: cosine to 0; step: x gamma after "
-                            "each of the milestones; exponential: x gamma after each epoch from "
-                            "the first milestone on; none",
+                            "each of the milestones; exponential: x gamma for each epoch "
+                            "that is complete since the first milestone; none",
                             ("cosine", "step", "exponential", "none"))
     milestones: str = _option("", "epochs, 15,25; empty: 1/2 and 3/4 of the run for step, 0 for "
                               "exponential")

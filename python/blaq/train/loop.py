@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -25,7 +25,8 @@ from .config import FLEXIBLE, TrainConfig
 from .losses import LOSSES
 from .weights import load_weights
 
-__all__ = ["TrainResult", "check_device", "evaluate", "learning_rate", "restore", "train"]
+__all__ = ["TrainResult", "check_device", "evaluate", "learning_rate", "quantized_epochs",
+           "restore", "train"]
 
 log = logging.getLogger("blaq")
 Line = dict[str, Any]
@@ -130,6 +131,12 @@ def evaluate(model: nn.Module, dataset: datasets.Split, batch_size: int = 500,
             correct += (logits.argmax(1) == labels).sum()
     model.train(was_training)
     return total.item() / len(dataset), correct.item() / len(dataset)
+
+
+def quantized_epochs(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines that measured weights that ship: those to choose an epoch from. Where no phase of
+    the method has come to them, all."""
+    return [line for line in history if line.get("quantized", True)] or list(history)
 
 
 def check_device(name: str) -> None:
