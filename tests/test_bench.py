@@ -16,6 +16,7 @@ from blaq.bench.case import BLAQ, FLOOR, Case, Result, Row, run_case
 from blaq.bench.machine import describe
 from blaq.bench.output import format_result, format_verdicts
 from blaq.bench.packed import LINEAR_BFLOAT16, LINEAR_FLOAT32
+from blaq.bench.suites import SWEEP, worst
 from blaq.bench.targets import TARGETS, Verdict
 from blaq.bench.timing import Timing, measure, quantile
 from blaq.bench.training import ADAMW, COMPILED
@@ -115,6 +116,22 @@ def test_measure_sees_noise_of_one_round_in_that_round_only(clock):
     timings = measure(rounds, rounds=5)
     assert timings["b"].over(timings["a"]) == pytest.approx(2)
     assert timings["a"].median == pytest.approx(0.02) and max(timings["a"].seconds) > 0.05
+
+
+def test_measure_calls_before_every_sample_and_times_none_of_it(clock):
+    calls = []
+
+    def quick():
+        calls.append("quick")
+        clock.spend(1e-5)
+
+    def before():
+        calls.append("before")
+        clock.spend(1)
+
+    timing = measure({"quick": quick}, 5, before=before)["quick"]
+    assert timing.repeats == 1 and timing.seconds == pytest.approx([1e-5] * 5)
+    assert calls[-10:] == ["before", "quick"] * 5
 
 
 def test_measure_stops_after_most_seconds_but_not_before_five_rounds(clock):
@@ -248,7 +265,7 @@ def test_command_writes_what_it_measured(tmp_path, capsys):
         records = list(csv.DictReader(file))
     assert {r["case"] for r in records} == {"pack 5x13 float32 1-bit", "pack 5x13 float32 2-bit",
                                             "blend 77 float32"}
-    assert list(records[0]) == [*describe(), *Row.__dataclass_fields__]
+    assert list(records[0]) == list(dict.fromkeys([*describe(), *Row.__dataclass_fields__]))
     assert len(records) == len(report["rows"]) == 2 * 3 + 4 and report["targets"] == []
     for record, row in zip(records, report["rows"], strict=True):
         assert record["threads"] == "1" and record["torch"] == torch.__version__
@@ -286,6 +303,34 @@ def test_command_restores_threads(tmp_path):
     before = torch.get_num_threads()
     command.run(parse("blend", "--sizes", "9", "--rounds", "1", "--threads", str(before + 1)))
     assert torch.get_num_threads() == before
+
+
+def test_packed_suite_draws_time_over_the_batch(tmp_path, capsys):
+    files = [tmp_path / name for name in ("rows.csv", "rows.json", "plot.svg")]
+    args = parse("packed", "--bits", "1", "--sizes", "1x16x40", "4x16x40", "--rounds", "1",
+                 "--csv", str(files[0]), "--json", str(files[1]), "--plot", str(files[2]))
+    assert command.run(args) == 0
+    rows = list(csv.DictReader(files[0].open()))
+    assert {(row["threads"], row["cache"], row["size"]) for row in rows} == {
+        (threads, cache, size) for threads in ("1", "2") for cache in ("resident", "stream")
+        for size in ("1x16x40", "4x16x40")}
+    assert len(json.loads(files[1].read_text())["rows"]) == len(rows)
+    assert "2 threads, stream" in files[2].read_text()
+
+
+def test_sweep_names_the_shapes_where_torch_is_faster(capsys):
+    assert len(set(SWEEP.sizes)) == 60
+    args = parse("sweep", "--bits", "1", "--sizes", "3x16x40", "--rounds", "1")
+    assert command.run(args) == 0
+    assert "worst ratio" in capsys.readouterr().out
+    case = Case("sweep", (3, 16, 40), bits=1)
+    timings = {"blaq": 2.0, "blaq, fast": 2.0, "F.linear float32": 3.0, "mkldnn float32": 2.5,
+               "int8, dynamic": 1.0}
+    result = Result(case, {k: Timing((v,), 1) for k, v in timings.items()}, ())
+    assert worst([result]) == [
+        "blaq: torch is faster on 0 of 1; worst ratio 1.25",
+        "blaq, fast: torch is faster on 1 of 1; worst ratio 0.50",
+        "  0.50  sweep 3x16x40 float32 1-bit: int8, dynamic"]
 
 
 def test_command_lists_every_op_and_target(capsys):

@@ -24,6 +24,8 @@ FLOOR = "memory floor"
 FLOOR_MOST_BYTES = 384 << 20
 """From here on time grows with bytes (with 32 MB of L3: 47 GB/s at 96 MiB, 28 at 384, 30 at 768):
 a larger floor is measured on this much and scaled."""
+SWEPT_BYTES = 128 << 20
+"""Four times the largest L3 of what this was measured on."""
 AXES = ("dtype", "bits", "group_size", "method")
 
 
@@ -129,6 +131,8 @@ class Row:
 
     Attributes:
         backend: what serves the op; empty for an alternative.
+        threads: torch's.
+        cache: ``resident``, tensors are where the last call left them, or ``stream``, in memory.
         rounds, repeats: samples, and calls in each.
         median_us, p20_us, p80_us, min_us: microseconds of one call.
         ratio: this variant's time over blaq's, median over the rounds: above 1, blaq is faster.
@@ -147,6 +151,8 @@ class Row:
     bits: int | None
     group_size: int | None
     method: str | None
+    threads: int
+    cache: str
     rounds: int
     repeats: int
     median_us: float
@@ -180,8 +186,10 @@ class Result:
         return math.nan if error is None else error
 
 
-def run_case(case: Case, table: Table, rounds: int = 20, full: bool = False) -> Result:
-    """Make the case's tensors, time its variants and the memory floor, interleaved."""
+def run_case(case: Case, table: Table, rounds: int = 20, full: bool = False,
+             stream: bool = False) -> Result:
+    """Make the case's tensors, time its variants and the memory floor, interleaved; with ``stream``
+    after other data went through the caches, so that weights come from memory."""
     if full:
         torch.compiler.reset()  # else a later case meets the recompile limit and runs eagerly
     with torch.random.fork_rng(devices=[]):
@@ -189,11 +197,18 @@ def run_case(case: Case, table: Table, rounds: int = 20, full: bool = False) -> 
         variants = list(table.build(case, full))
     floor, scale = _floor(variants[0].bytes)
     with torch.no_grad():
-        timings = measure({v.name: v.call for v in [*variants, floor]}, rounds)
+        timings = measure({v.name: v.call for v in [*variants, floor]}, rounds,
+                          before=_sweeper() if stream else None)
     seconds = tuple(s * scale for s in timings[FLOOR].seconds)
     timings[FLOOR] = Timing(seconds, timings[FLOOR].repeats)
-    rows = tuple(_row(case, table, v, timings) for v in [*variants, floor])
+    rows = tuple(_row(case, table, v, timings, stream) for v in [*variants, floor])
     return Result(case, timings, rows)
+
+
+def _sweeper() -> Callable[[], object]:
+    """Fills the caches of every thread's core with something else."""
+    other = torch.zeros(SWEPT_BYTES // 4)
+    return functools.partial(Tensor.add_, other, 1)
 
 
 def _floor(nbytes: int) -> tuple[Variant, float]:
@@ -205,7 +220,8 @@ def _floor(nbytes: int) -> tuple[Variant, float]:
     return Variant(FLOOR, call, nbytes), max(1.0, nbytes / FLOOR_MOST_BYTES)
 
 
-def _row(case: Case, table: Table, variant: Variant, timings: dict[str, Timing]) -> Row:
+def _row(case: Case, table: Table, variant: Variant, timings: dict[str, Timing],
+         stream: bool) -> Row:
     timing, own = timings[variant.name], timings[BLAQ]
     operations = 0 if variant.name == FLOOR else table.operations(case)
     mine = variant.name == BLAQ
@@ -213,6 +229,7 @@ def _row(case: Case, table: Table, variant: Variant, timings: dict[str, Timing])
         case=case.name, op=case.op, variant=variant.name, backend=table.backend if mine else "",
         size="x".join(map(str, case.size)), dtype=case.dtype, bits=case.bits,
         group_size=case.group_size if "group_size" in table.axes else None, method=case.method,
+        threads=torch.get_num_threads(), cache="stream" if stream else "resident",
         rounds=len(timing.seconds), repeats=timing.repeats,
         median_us=timing.median * 1e6, p20_us=timing.p20 * 1e6,
         p80_us=timing.p80 * 1e6, min_us=min(timing.seconds) * 1e6, ratio=timing.over(own),

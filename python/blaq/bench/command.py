@@ -5,6 +5,8 @@
   blaq bench fused_step --method exact --dtype bfloat16 --full
   blaq bench --targets                        the project's aims: measured, bound, met
   blaq bench --targets linear-4096 --csv rows.csv
+  blaq bench packed --plot packed.svg         packed layers against every peer, over the batch
+  blaq bench sweep --bits 1 4                 is torch faster on any of 60 shapes?
   blaq bench --list                           ops, what their sizes mean, targets
 
 Numbers are medians; "/ blaq" is a time over blaq's, above 1 where blaq is faster. The memory floor
@@ -28,7 +30,8 @@ from .machine import Environment, describe
 from .network import TABLES as NETWORK
 from .output import format_result, format_verdicts, write_csv, write_json
 from .packed import TABLES as PACKED
-from .plot import plot
+from .plot import plot, plot_over_batch
+from .suites import SUITES
 from .targets import TARGETS, Verdict
 from .training import TABLES as TRAINING
 
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print(_list())
         return 0
-    known = TARGETS if args.targets else TABLES
+    known = TARGETS if args.targets else {**TABLES, **SUITES}
     for name in args.names:
         kind = "target" if args.targets else "op"
         _require(name in known, kind, f"one of {', '.join(known)}", name)
@@ -73,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     for file in (args.csv, args.json, args.plot):  # before minutes of work, not after
         _require(file is None or file.absolute().parent.is_dir(), "folder of output", "there", file)
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # graph breaks of the reference
+    for name in args.names if SUITES.keys() & args.names else ():
+        _require(name in SUITES, "names", "suites or ops, not both", name)
     before = torch.get_num_threads()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -83,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace) -> int:
-    cases = [] if args.targets else _cases(args)
+    suites = [SUITES[name] for name in args.names if name in SUITES]
+    cases = [] if args.targets or suites else _cases(args)
     environment = describe()
     commit = str(environment["commit"])[:10] + " with changes" * bool(environment["dirty"])
     title = (f"{environment['machine']}, {environment['threads']} threads, "
@@ -96,16 +102,21 @@ def _measure(args: argparse.Namespace) -> int:
     rows: list[Row] = []
     verdicts: list[Verdict] = []
 
-    def show(case: Case, full: bool) -> Result:
-        result = run_case(case, TABLES[case.op], args.rounds, full)
+    def keep(result: Result) -> None:
         print(format_result(result), flush=True)
         rows.extend(result.rows)
+
+    def show(case: Case, full: bool) -> Result:
+        result = run_case(case, TABLES[case.op], args.rounds, full)
+        keep(result)
         return result
 
     if args.targets:
         for name in args.names or TARGETS:
             verdicts.extend(TARGETS[name](show))
         print(format_verdicts(verdicts))
+    for suite in suites:
+        suite(keep, args.bits or (), args.rounds, args.sizes, [args.threads] if args.threads else ())
     for case in cases:
         show(case, args.full)
     _write(args, environment, rows, verdicts, title)
@@ -135,7 +146,7 @@ def _write(args: argparse.Namespace, environment: Environment,
     if args.json:
         write_json(args.json, environment, rows, verdicts)
     if args.plot:
-        plot(args.plot, rows, title)
+        (plot_over_batch if "packed" in args.names else plot)(args.plot, rows, title)
 
 
 def _list() -> str:
@@ -143,6 +154,8 @@ def _list() -> str:
     for table in TABLES.values():
         sizes = " ".join("x".join(map(str, size)) for size in table.sizes)
         lines.append(f"{table.op:16}{'x'.join(table.dims)}: {sizes}")
+    lines += ["", "suite           what it measures"]
+    lines += [f"{name:16}{suite.__doc__}" for name, suite in SUITES.items()]
     lines += ["", "target          what it measures"]
     lines += [f"{name:16}{' '.join((target.__doc__ or '').split())}"
               for name, target in TARGETS.items()]

@@ -25,7 +25,8 @@ def format_result(result: Result) -> str:
     lines = [[row.variant, _number(row.median_us), _number(row.p20_us), _number(row.p80_us),
               f"{row.ratio:.2f}", _number(row.gb_per_s), _number(row.gop_per_s),
               "" if row.error is None else f"{row.error:.1e}"] for row in result.rows]
-    title = f"{own.case}   [{own.backend}; {own.of_floor:.0%} of the speed of memory]"
+    title = (f"{own.case}   [{own.backend}; {own.threads} threads, {own.cache}; "
+             f"{own.of_floor:.0%} of the speed of memory]")
     return "\n".join([title, *table([HEADINGS, *lines], right=range(1, len(HEADINGS))), ""])
 
 

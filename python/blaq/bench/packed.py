@@ -15,8 +15,10 @@ import blaq_kernels
 from blaq_kernels.reference import dequantize
 
 from .case import BLAQ, Case, Table, Variant
+from .peers import BLOCK, PEERS
 
-__all__ = ["LINEAR_BFLOAT16", "LINEAR_FLOAT32", "TABLES"]
+__all__ = ["LINEAR_BFLOAT16", "LINEAR_FLOAT32", "TABLES", "make_weight", "relative_error",
+           "torch_linears"]
 
 LINEAR_FLOAT32 = "F.linear float32"
 LINEAR_BFLOAT16 = "F.linear bfloat16"
@@ -31,7 +33,7 @@ def make_weight(case: Case, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return codes, _ops.pack(codes, case.bits), scale
 
 
-def _error(result: Tensor, exact: Tensor) -> float:
+def relative_error(result: Tensor, exact: Tensor) -> float:
     return float((result.to(torch.float64) - exact).norm() / exact.norm())
 
 
@@ -108,7 +110,7 @@ def _fake_quantize(case: Case, full: bool) -> list[Variant]:
     return variants
 
 
-def _linears(weight: Tensor, bias: Tensor, x: Tensor) -> dict[str, Callable[[], Tensor]]:
+def torch_linears(weight: Tensor, bias: Tensor, x: Tensor) -> dict[str, Callable[[], Tensor]]:
     """torch's ways to multiply by this weight, all through public names."""
     n, k = weight.shape
     layer = nn.Linear(k, n).requires_grad_(False)
@@ -173,14 +175,19 @@ def _packed_linear(case: Case, full: bool) -> list[Variant]:
     for kernels, capability in _lesser_kernels().items():
         calls |= {f"blaq, high, {kernels}": _on(capability, packed("high")),
                   f"blaq, fast, {kernels}": _on(capability, packed("fast"))}
-    calls |= _linears(weight, bias, x)
+    calls |= torch_linears(weight, bias, x)
     weight_bytes = {BLAQ: qweight.nbytes + scale.nbytes, LINEAR_FLOAT32: weight.nbytes,
                     LINEAR_BFLOAT16: weight.nbytes // 2}
     with torch.no_grad():
         results = {name: call() for name, call in calls.items()}
-    return [Variant(name, torch.inference_mode()(call), _traffic(weight_bytes.get(name), results[name], k),
-                    _error(results[name], exact))
-            for name, call in calls.items()]
+    variants = [Variant(name, torch.inference_mode()(call),
+                        _traffic(weight_bytes.get(name), results[name], k),
+                        relative_error(results[name], exact)) for name, call in calls.items()]
+    for name, build in PEERS.items() if k % BLOCK == 0 else ():
+        call, other = build(x, bias)
+        variants.append(Variant(name, call, error=relative_error(
+            call(), F.linear(x.double(), other.double(), bias.double()))))
+    return variants
 
 
 def _traffic(weight_bytes: int | None, result: Tensor, k: int) -> int:
@@ -224,7 +231,7 @@ def _packed_conv2d(case: Case, full: bool) -> list[Variant]:
     nbytes = qweight.nbytes + scale.nbytes + activations
     with torch.no_grad():
         return [Variant(name, torch.inference_mode()(call), nbytes if name == BLAQ else 0,
-                        _error(call(), exact))
+                        relative_error(call(), exact))
                 for name, call in calls.items()]
 
 

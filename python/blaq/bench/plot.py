@@ -1,4 +1,4 @@
-"""Bars of how many times blaq's time each alternative takes."""
+"""Bars of how many times blaq's time each alternative takes, and lines of time over the batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from .._extras import import_extra
 from .case import BLAQ, FLOOR, Row
 
-__all__ = ["plot"]
+__all__ = ["plot", "plot_over_batch"]
 
 LINE = 0.2
 """Inches of a bar, and of a case's name above its bars."""
@@ -60,4 +60,44 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_title(title, fontsize=7, color="dimgray")
+    figure.savefig(path, dpi=150)
+
+
+def plot_over_batch(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Write a chart of microseconds over M, a panel for each width, thread count and cache.
+
+    Args:
+        path: with an ending that matplotlib writes.
+        rows: of packed_linear; sizes are ``MxNxK``.
+        title: small, above the chart.
+    """
+    figure_class = import_extra("matplotlib.figure", "train").Figure
+    rows = [row for row in rows if row.variant != FLOOR]
+    across = sorted({(row.cache, row.threads) for row in rows})
+    down = sorted({row.bits for row in rows if row.bits})
+    names = list(dict.fromkeys(row.variant for row in rows))
+    colours = import_extra("matplotlib", "train").colormaps["tab10"].colors
+    figure = figure_class(figsize=(3.6 * len(across), 3.0 * len(down) + 1), layout="constrained")
+    panels = figure.subplots(len(down), len(across), squeeze=False, sharex=True, sharey=True)
+    for line, bits in zip(panels, down, strict=True):
+        for axes, (cache, threads) in zip(line, across, strict=True):
+            for i, name in enumerate(names):
+                points = sorted((int(row.size.split("x")[0]), row.median_us) for row in rows if (
+                    row.variant, row.bits, row.cache, row.threads) == (name, bits, cache, threads))
+                own = name.startswith(BLAQ)
+                axes.plot(*zip(*points, strict=True), label=name, marker="o", markersize=3,
+                          color=colours[i % 10], linewidth=2 if own else 1,
+                          linestyle="-" if own else "--")
+            axes.set_title(f"{bits} bits, {threads} threads, {cache}", fontsize=8)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.grid(alpha=0.3)
+            axes.tick_params(labelsize=7)
+    for axes in panels[-1]:
+        axes.set_xlabel("M", fontsize=8)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("µs", fontsize=8)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                  fontsize=7)
+    figure.suptitle(title, fontsize=7, color="dimgray")
     figure.savefig(path, dpi=150)

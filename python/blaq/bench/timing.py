@@ -61,7 +61,8 @@ class Timing:
 
 
 def measure(variants: Mapping[str, Callable[[], object]], rounds: int = 20,
-            most_seconds: float = 30.0) -> dict[str, Timing]:
+            most_seconds: float = 30.0,
+            before: Callable[[], object] | None = None) -> dict[str, Timing]:
     """Time the variants in interleaved rounds, A B C A B C ….
 
     Each is called until it is warm; then a sample is as many calls as last a millisecond. Before a
@@ -72,6 +73,7 @@ def measure(variants: Mapping[str, Callable[[], object]], rounds: int = 20,
         variants: callables by name; what they return is dropped.
         rounds: samples of each variant.
         most_seconds: no round is begun after this time, but for the first five.
+        before: called, untimed, ahead of every sample, which is then one call.
 
     Returns:
         a :class:`Timing` for each name, all with the same number of rounds.
@@ -79,6 +81,8 @@ def measure(variants: Mapping[str, Callable[[], object]], rounds: int = 20,
     if rounds < 1:
         raise ValueError(f"blaq.bench.measure: rounds must be at least 1, got {rounds}")
     repeats = {name: _repeats(call) for name, call in variants.items()}
+    if before:
+        repeats = dict.fromkeys(repeats, 1)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     collecting = gc.isenabled()
     gc.collect()
@@ -89,7 +93,9 @@ def measure(variants: Mapping[str, Callable[[], object]], rounds: int = 20,
             if done >= FEWEST_ROUNDS and time.perf_counter() - start > most_seconds:
                 break
             for name, call in variants.items():
-                if repeats[name] > 1:
+                if before:
+                    before()
+                elif repeats[name] > 1:
                     call()
                 seconds[name].append(_sample(call, repeats[name]))
     finally:
