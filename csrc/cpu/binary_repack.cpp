@@ -14,6 +14,7 @@ Tensor binary_words(const Tensor& qweight, int64_t in_features, int64_t taps, in
   const int64_t words = weight.tap_words(), row_bytes = qweight.size(2), k = weight.k();
   Tensor out = torch::stable::new_empty(qweight, {groups, weight.blocks(), taps, words, 8},
                                         ScalarType::Long);
+  if (out.numel() == 0) return out;
   const uint8_t* from = qweight.const_data_ptr<uint8_t>();
   uint64_t* to = reinterpret_cast<uint64_t*>(out.mutable_data_ptr<int64_t>());
   const int64_t source_words = (k + 63) / 64;

@@ -1,7 +1,6 @@
 // torch.ops.blaq.conv_repack: a convolution's packed weight in the order that packed_conv_int8.cpp reads.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/capability.h"
 #include "cpu/packed_conv_int8.h"
 #include "packed_checks.h"
 
@@ -46,7 +45,6 @@ Tensor conv_repack(const Tensor& qweight, int64_t in_features, int64_t taps, int
   const ConvRepacked layout(bits, n, in_features, taps, groups);
   Tensor out = torch::stable::new_empty(qweight, layout.shape());
   torch::stable::zero_(out);
-  if (capability() != Capability::avx512) return out;  // no variant below reads it
   uint32_t* to = reinterpret_cast<uint32_t*>(out.mutable_data_ptr<uint8_t>());
   torch::stable::parallel_for(0, groups * layout.tiles, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> codes(in_features);
