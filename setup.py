@@ -28,6 +28,11 @@ if platform.machine() == "x86_64":
     COMPILE += ["-Wno-psabi",  # vectors cross only inlined function boundaries
                 "-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 12: its own _mm512_undefined_*
 
+SANITIZE = []
+if os.environ.get("BLAQ_SANITIZE"):  # `make sanitize`
+    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    COMPILE += [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer"]
+
 HEADERS = [str(path) for path in sorted(Path("csrc").rglob("*.h"))]
 ARCHITECTURES = os.environ.get("BLAQ_CUDA_ARCHITECTURES", "80 90a 100a 120a").split()
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -78,7 +83,7 @@ def sources(*patterns: str) -> list[str]:
 
 extensions = [CppExtension(
     "blaq_kernels._C", sources("*.cpp", "cpu/*.cpp"), include_dirs=[str(Path("csrc").absolute())],
-    depends=HEADERS, extra_compile_args=COMPILE, extra_link_args=["-fopenmp"],
+    depends=HEADERS, extra_compile_args=COMPILE, extra_link_args=["-fopenmp", *SANITIZE],
 )]
 if wants_cuda():
     # Without sources, since torch would look for a CUDA of its own version.
