@@ -338,13 +338,19 @@ def test_alq_coordinates_are_weighted_least_squares():
     assert alpha[1, 1] == 0.0
 
 
+def resolved(weight, bits):
+    layer = MultiBit(weight.clone(), bits, -1)
+    layer.begin()
+    return layer
+
+
 def test_alq_begins_greedily_and_minimises_its_model():
     w = latent(4, 30)
-    errors = [error(w, MultiBit(w.clone(), bits, -1).values()) for bits in (1, 2, 3, 4)]
+    errors = [error(w, resolved(w, bits).values()) for bits in (1, 2, 3, 4)]
     assert errors[0] == pytest.approx(error(w, solved(w, torch.ones_like(w), (1.0,),
                                                       group_size=-1)), rel=1e-4)
     assert all(b < 0.6 * a for a, b in itertools.pairwise(errors))
-    layer = MultiBit(w.clone(), 2, -1)
+    layer = resolved(w, 2)
     layer.weight.grad = latent(4, 30, seed=9)
     before, grad = layer.values(), layer.gradient().clone()
     layer.step_bases(0.01)  # AMSGrad's first step is lr · sign of the gradient, where h is |g|
@@ -354,7 +360,7 @@ def test_alq_begins_greedily_and_minimises_its_model():
 
 
 def test_alq_drops_the_least_important_coordinates():
-    layer = MultiBit(latent(2, 50), 2, -1)
+    layer = resolved(latent(2, 50), 2)
     layer.weight.grad = latent(2, 50, seed=4)
     signs = sign_table(2, layer.alpha)[layer.codes.long()]
     alpha, grad = layer.alpha.clone(), (signs * layer.gradient()[..., None]).sum(1)
@@ -371,7 +377,7 @@ def test_alq_drops_the_least_important_coordinates():
 def test_alq_schedule():
     model = torch.nn.Sequential(torch.nn.Linear(6, 5))
     method = make_method(model, TrainConfig(method="alq", bits=2, group_size=-1, epochs=2, lr=0.01,
-                                            options="rounds=1,prune=0.4"), 6)
+                                            options="dense=0,rounds=1,prune=0.4"), 6)
 
     def closure():
         model.zero_grad()

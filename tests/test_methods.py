@@ -19,7 +19,7 @@ from blaq.train.models import build
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "methods.md"
 SETTINGS = {
-    "aq": {"epochs": 3}, "alq": {"group_size": -1, "options": "rounds=1"},
+    "aq": {"epochs": 3}, "alq": {"epochs": 4, "group_size": -1, "options": "rounds=1"},
     "admm": {"options": "rho=0.01"}, "admm-pruning": {"epochs": 4, "options": "sparsity=0.5"},
     "bc": {"options": "magnitude=0.05"}, "bc-stochastic": {"options": "magnitude=0.05"},
     "dc": {"epochs": 4, "options": "sparsity=0.5"},

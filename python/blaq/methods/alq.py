@@ -105,28 +105,26 @@ class Moments:
 
 
 class MultiBit:
-    """One layer's weight as codes and coordinates."""
+    """One layer's weight as codes and coordinates, which :meth:`begin` takes from its values."""
 
     def __init__(self, weight: Tensor, bits: int, group_size: int) -> None:
         self.weight, self.group_size = weight, group_size
-        groups = to_groups(weight.detach(), group_size)
         self.valid = to_groups(torch.ones_like(weight), group_size)
-        self.alpha = groups.new_zeros(len(groups), bits)
+        self.codes = torch.zeros_like(self.valid, dtype=torch.uint8)
+        self.alpha = self.valid.new_zeros(len(self.valid), bits)
         self.active = torch.zeros_like(self.alpha, dtype=torch.bool)
-        self._begin(groups)
         self.reset()
-        self.write()
 
-    def _begin(self, groups: Tensor) -> None:
+    def begin(self) -> None:
         """Greedy residual binarization; all coordinates are refitted at each column."""
-        bits = self.alpha.shape[1]
-        self.codes = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
+        groups = to_groups(self.weight.detach(), self.group_size)
         residual = groups
-        for i in range(bits):
+        for i in range(self.alpha.shape[1]):
             self.codes |= (residual >= 0).to(torch.uint8) << i
             self.active[:, i] = True
             self.alpha = refit(groups, self.valid, self.codes, self.active)
             residual = groups - self.values()
+        self.write()
 
     def reset(self) -> None:
         """Begin a phase: moments of the weights and of the coordinates from nothing."""
@@ -183,26 +181,29 @@ class Place(NamedTuple):
 
 
 class ALQ(Method):
-    """The run is ``rounds + 1`` equal parts, each two thirds steps of the bases and one third steps
-    of the coordinates; after each but the last, the least important share ``prune`` of all
-    coordinates is dropped. ``bits`` is the number of columns I that the float initial weights are
-    first resolved into, so full-precision training comes before (``init``). Groups are
-    ``group_size``'s weights; the paper's are at most an output row (-1). Norms and biases take the
-    config's optimizer.
+    """The first share ``dense`` of the epochs is full precision: signs cannot be trained from
+    nothing, and the paper begins with a trained network (0 where ``init`` names one); what is
+    measured is then the float network. The weights are then resolved into ``bits`` columns.
+
+    The rest of the run is ``rounds + 1`` equal parts, each two thirds steps of the bases and one
+    third steps of the coordinates; after each but the last, the least important share ``prune`` of
+    all coordinates is dropped. Groups are ``group_size``'s weights; the paper's are at most an
+    output row (-1). Norms and biases take the config's optimizer.
 
     ``weight_bits`` is the mean number of signs that a weight is left with, coordinates not counted.
 
-    Options: ``rounds``, ``prune``. Not implemented: the final phase with latent weights and
-    straight-through gradients; I by a tolerance of the residual; more than 4 columns (the paper
-    begins with 6 to 8). No packed format has free coordinates: saved as floats.
+    Options: ``dense``, ``rounds``, ``prune``. Not implemented: the final phase with latent weights
+    and straight-through gradients; a number of columns by a tolerance of the residual; more than 4
+    (the paper begins with 6 to 8). No packed format has free coordinates: saved as floats.
     """
 
-    OPTIONS: ClassVar = {"rounds": 4, "prune": 0.2}
+    OPTIONS: ClassVar = {"dense": 0.4, "rounds": 4, "prune": 0.2}
     LEAST: ClassVar = {"rounds": 0}
 
     def prepare(self) -> Optimizer:
-        require(0 <= self.options["prune"] < 1, "methods", "option prune of alq", "be in [0, 1)",
-                self.options["prune"])
+        for name in ("dense", "prune"):
+            require(0 <= self.options[name] < 1, "methods", f"option {name} of alq",
+                    "be in [0, 1)", self.options[name])
         layers: list[Any] = list(quantized_layers(self.model, self.config))
         for _, bits in layers:
             require(bits <= 4, "methods", "first_bits and last_bits", "be at most 4 for alq", bits)
@@ -210,9 +211,19 @@ class ALQ(Method):
                        for layer, bits in layers]
         self.place = Place(0, False)
         self.lr = self.config.lr
-        own = {id(layer.weight) for layer in self.layers}
-        rest = [p for p in self.model.parameters() if id(p) not in own]
-        return make_optimizer([{"params": rest}], self.config)
+        self.dense_steps: int | None = None  # of full precision; None while it lasts
+        self.epoch_ended(0)
+        return make_optimizer([{"params": list(self.model.parameters())}], self.config)
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.dense_steps is not None
+
+    def epoch_ended(self, epoch: int) -> None:
+        if self.dense_steps is None and epoch >= round(self.options["dense"] * self.config.epochs):
+            self.dense_steps = self.steps
+            for layer in self.layers:
+                layer.begin()
 
     def set_lr(self, lr: float) -> None:
         super().set_lr(lr)
@@ -220,19 +231,22 @@ class ALQ(Method):
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         loss: Tensor = evaluate(closure)
-        with torch.no_grad():
-            self._enter(self._scheduled())
-            for layer in self.layers:
-                if self.place.coordinates:
-                    layer.step_coordinates(self.lr)
-                else:
-                    layer.step_bases(self.lr)
+        if self.dense_steps is not None:
+            with torch.no_grad():
+                self._enter(self._scheduled(self.dense_steps))
+                for layer in self.layers:
+                    if self.place.coordinates:
+                        layer.step_coordinates(self.lr)
+                    else:
+                        layer.step_bases(self.lr)
+                    layer.weight.grad = None  # the optimizer steps the other parameters
         self.optimizer.step()
         self.steps += 1
         return loss
 
-    def _scheduled(self) -> Place:
-        parts = min(self.progress, 1.0) * (self.options["rounds"] + 1)
+    def _scheduled(self, start: int) -> Place:
+        steps = self.config.epochs * self.steps_per_epoch - start
+        parts = (self.steps - start) / steps * (self.options["rounds"] + 1)
         return Place(int(parts), parts % 1 >= 2 / 3)
 
     def _enter(self, place: Place) -> None:
@@ -256,20 +270,23 @@ class ALQ(Method):
 
     @property
     def weight_bits(self) -> float | None:
+        if self.dense_steps is None:
+            return None
         signs = sum((layer.active.sum(1) * layer.valid.sum(1)).sum().item()
                     for layer in self.layers)
         total = sum(layer.weight.numel() for layer in self.layers)
         return signs / total if total else None
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "place": tuple(self.place), "layers": [
+        return {**super().state_dict(), "place": tuple(self.place),
+                "dense_steps": self.dense_steps, "layers": [
             {"alpha": layer.alpha, "active": layer.active, "codes": layer.codes,
              "bases": layer.bases.state_dict(), "coordinates": layer.coordinates.state_dict()}
             for layer in self.layers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.place = Place(*state["place"])
+        self.place, self.dense_steps = Place(*state["place"]), state["dense_steps"]
         for layer, saved in zip(self.layers, state["layers"], strict=True):
             for name in ("alpha", "active", "codes"):
                 setattr(layer, name, saved[name].to(layer.weight.device))
