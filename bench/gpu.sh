@@ -32,7 +32,12 @@ say() {
   [ "$2" = 0 ] || failed=1
 }
 
-# 1. The C++ kernels, for this Python and this torch.
+# 1. The C++ kernels, for this Python and this torch; the CUDA ones where nvcc is, for this device, or
+# as they are where they have been built.
+export BLAQ_CUDA=0
+command -v nvcc > /dev/null && [ -z "$(ls blaq_kernels/_cuda*.so 2> /dev/null)" ] && export BLAQ_CUDA=1
+BLAQ_CUDA_ARCHITECTURES=$($PYTHON -c 'import torch; c = torch.cuda.get_device_capability(); print({8: "80"}.get(c[0], f"{c[0]}{c[1]}a"))')
+export BLAQ_CUDA_ARCHITECTURES
 MAX_JOBS=$(nproc) timeout "$(least 150)" $PYTHON setup.py build_ext --inplace > "$OUT/build.log" 2>&1
 say build $?
 timeout "$(least 60)" $PYTHON -m blaq env > "$OUT/env.txt" 2>&1
@@ -61,6 +66,13 @@ tests() {
 timeout "$(least 150)" $PYTHON bench/gpu_small.py > "$OUT/small.log" 2>&1 &
 small=$!
 tests test_gpu 110 tests/test_gpu.py
+if ls blaq_kernels/_cuda*.so > /dev/null 2>&1; then
+  BLAQ_BACKEND=cuda tests test_gpu_cuda 90 tests/test_gpu_cuda.py tests/test_gpu.py
+  BLAQ_BACKEND=cuda timeout "$(least 30)" $PYTHON -m blaq env > "$OUT/env-cuda.txt" 2>&1
+  say "blaq env, CUDA C++" $?
+else
+  echo "- CUDA C++: no nvcc, and no blaq_kernels._cuda" | tee -a "$summary"
+fi
 tests tests 120 tests/test_triton_{packed,conv2d,training,lists}.py tests --ignore=tests/test_gpu.py --ignore=tests/test_demo.py \
   --ignore=tests/test_bench.py --ignore=tests/test_triton_contract.py
 wait $small
@@ -71,6 +83,14 @@ if command -v compute-sanitizer > /dev/null; then
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$(least 75)" compute-sanitizer --tool memcheck \
     --report-api-errors no --error-exitcode 9 $PYTHON bench/gpu_small.py > "$OUT/sanitizer.log" 2>&1
   say "compute-sanitizer memcheck" $?
+  if ls blaq_kernels/_cuda*.so > /dev/null 2>&1; then
+    for check in memcheck racecheck; do
+      BLAQ_BACKEND=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$(least 60)" compute-sanitizer --tool $check \
+        --report-api-errors no --error-exitcode 9 $PYTHON -m pytest -q -p no:cacheprovider \
+        tests/test_gpu_cuda.py -k products > "$OUT/sanitizer-cuda-$check.log" 2>&1
+      say "compute-sanitizer $check of CUDA C++" $?
+    done
+  fi
 else
   echo "- compute-sanitizer: not installed" | tee -a "$summary"
 fi

@@ -11,7 +11,9 @@ from gpu_timing import Variant, copies
 from torch import Tensor
 
 import blaq_kernels
+from blaq_kernels import cuda
 from blaq_kernels.codebook import levels_of
+from blaq_kernels.cuda.packed_linear import MAX_ROWS
 
 BATCHES = (1, 16, 64, 256, 1024, 4096)
 SQUARE = ((8192, 8192),)
@@ -57,11 +59,24 @@ def build(case: Case) -> tuple[dict[str, Variant], dict[str, object]]:
     error = ((own[0]()[rows].double() - exact).norm() / exact.norm()).item()
     variants = {"blaq": Variant(own, packed_bytes + activations, operations),
                 "torch": Variant(torch_calls, dense[0].nbytes + activations, operations)}
+    if m <= MAX_ROWS and not cuda.unavailable() and cuda.covers(x.device):
+        variants["blaq CUDA C++"] = Variant(cuda_calls(x, weights, levels), packed_bytes + activations,
+                                            operations)
     if bits == 4:
         for name in PEERS:
             if call := peer(name, x, dense[0]):
                 variants[name] = Variant([call], captured=False)
     return variants, {"error": error, "kernel": kernel_of(m, n, k, levels, x)}
+
+
+def cuda_calls(x: Tensor, weights: list[tuple[Tensor, Tensor]],
+               levels: Sequence[float]) -> list[Callable[[], Tensor]]:
+    """The product by the kernels of csrc/cuda, whatever serves ``torch.ops.blaq`` here."""
+    cuda.load()
+    op = torch.ops.blaq_cuda.packed_linear.default
+    repacked = [torch.ops.blaq_cuda.repack.default(qweight) for qweight, _ in weights]
+    return [lambda w=w, r=r: op(x, w[0], w[1], None, levels, -1, r)
+            for w, r in zip(weights, repacked, strict=True)]
 
 
 def kernel_of(m: int, n: int, k: int, levels: Sequence[float], x: Tensor) -> str:

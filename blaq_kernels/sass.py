@@ -46,7 +46,7 @@ def disassemble(cubin: bytes) -> list[Instruction]:
 
 def kernels(cubin: bytes) -> dict[str, list[Instruction]]:
     """Instructions of every kernel in ``cubin``, by mangled name."""
-    parts = re.split(r"^//-+ \.text\.(\S+) -+$", _run(cubin, "nvdisasm", "-c", "-hex"), flags=re.M)
+    parts = re.split(r"^//-+ \.text\.(\S+)\s+-+$", _run(cubin, "nvdisasm", "-c", "-hex"), flags=re.M)
     return {name: parse(text) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 

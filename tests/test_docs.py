@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCTESTED = [name for package in (blaq, blaq_kernels)
              for _, name, _ in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
-             if not name.endswith(("._C", ".__main__"))
+             if not name.endswith(("._C", "._cuda", ".__main__"))
              and not (name.startswith("blaq_kernels.triton.") and triton.unavailable())]
 
 

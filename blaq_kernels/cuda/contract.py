@@ -24,7 +24,7 @@ from ..sass import Instruction
 __all__ = ["RULES", "Row", "Rule", "main", "measure", "table"]
 
 LOGIC = ("LOP3", "PLOP3", "PRMT")
-SHIFTS = ("SHF", "IMAD.SHL", "IMAD.U32", "USHF", "LEA")
+SHIFTS = ("SHF", "USHF", "IMAD.SHL", "IMAD.U32")
 
 
 @dataclass(frozen=True)

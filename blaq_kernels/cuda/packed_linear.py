@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -48,7 +49,8 @@ def packed_linear(otherwise: Callable[..., Tensor], input: Tensor, qweight: Tens
         if len(_covered) >= MOST_CALLS:
             _covered.clear()
         k, n = input.shape[-1], qweight.shape[1]
-        fits = input.numel() <= MAX_ROWS * k and k <= MAX_INPUTS and n <= MAX_OUTPUTS
+        rows = math.prod(input.shape[:-1])
+        fits = rows <= MAX_ROWS and k <= MAX_INPUTS and n <= MAX_OUTPUTS
         covered = _covered[key] = fits and cuda.covers(input.device)
     if not covered:
         return otherwise(*args)

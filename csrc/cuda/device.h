@@ -1,5 +1,5 @@
-// What a kernel needs beside CUDA's own words: single instructions, by one name for nvcc and for the
-// host emulation (emulate.h). Kernels are ordinary CUDA in headers that include this one.
+// What a kernel needs beside CUDA's own words: single instructions, by one name for nvcc and for
+// the host emulation (emulate.h). Kernels are ordinary CUDA in headers that include this one.
 //
 // Conventions of csrc/cuda:
 //  * <op>_kernel.h holds kernels and the host function that launches them, both free of torch;
@@ -25,7 +25,8 @@ namespace blaq {
 
 // ------------------------------------------------------------------------------------- bits
 
-// Any function of three bits, for 32 of them: `table` has its value for a = 0xf0, b = 0xcc, c = 0xaa.
+// Any function of three bits, for 32 of them: `table` has its value for a = 0xf0, b = 0xcc, c =
+// 0xaa.
 template <int table>
 BLAQ_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
 #if defined(__CUDACC__)
@@ -48,7 +49,8 @@ BLAQ_DEVICE uint32_t and_or(uint32_t x) { return lop3<(0xf0 & 0xcc) | 0xaa>(x, m
 template <uint32_t mask>
 BLAQ_DEVICE uint32_t and_xor(uint32_t x, uint32_t y) { return lop3<(0xf0 & 0xcc) ^ 0xaa>(x, mask, y); }
 
-// Four bytes of [low, high] by the nibbles of `selector`; its 8 asks for a byte of copies of the sign.
+// Four bytes of [low, high] by the nibbles of `selector`; its 8 asks for a byte of copies of the
+// sign.
 BLAQ_DEVICE uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
 #if defined(__CUDACC__)
   uint32_t d;
@@ -126,8 +128,8 @@ BLAQ_DEVICE uint4 load_stream(const void* address) {
 #endif
 }
 
-// 16 bytes of global memory, and in the order of the source: where an address comes out of a table, nvcc
-// does not know which memory it is into.
+// 16 bytes of global memory, and in the order of the source: where an address comes out of a table,
+// nvcc does not know which memory it is into.
 BLAQ_DEVICE uint4 load_16(const void* address) {
 #if defined(__CUDACC__)
   uint4 v;
@@ -137,6 +139,20 @@ BLAQ_DEVICE uint4 load_16(const void* address) {
 #else
   emulate::check_aligned(address, 16, "load_16");
   return *static_cast<const uint4*>(address);
+#endif
+}
+// The same where `inside`, zeros elsewhere, without a branch.
+BLAQ_DEVICE uint4 load_16_if(bool inside, const void* address) {
+#if defined(__CUDACC__)
+  uint4 v;
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; "
+      "mov.b32 %3, 0; @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(address), "r"(static_cast<int>(inside)) : "memory");
+  return v;
+#else
+  return inside ? load_16(address) : make_uint4(0, 0, 0, 0);
 #endif
 }
 BLAQ_DEVICE void store_16(void* address, uint4 v) {
@@ -149,8 +165,8 @@ BLAQ_DEVICE void store_16(void* address, uint4 v) {
 #endif
 }
 
-// Global memory to shared, 16 bytes, without registers: the first `bytes` of them, then zeros. There
-// after cp_async_wait and a barrier.
+// Global memory to shared, 16 bytes, without registers: the first `bytes` of them, then zeros.
+// There after cp_async_wait and a barrier.
 BLAQ_DEVICE void cp_async(void* to, const void* from, int bytes = 16) {
 #if defined(__CUDACC__)
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
@@ -188,8 +204,8 @@ BLAQ_DEVICE void cp_async_wait() {
 #endif
 }
 
-// Programmatic dependent launch (sm_90 and later; nothing before): the next kernel of the stream may
-// begin; the one before has ended and its results are there.
+// Programmatic dependent launch (sm_90 and later; nothing before): the next kernel of the stream
+// may begin; the one before has ended and its results are there.
 BLAQ_DEVICE void launch_dependents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -1,10 +1,12 @@
-// CUDA's words for a host compiler: a kernel's own source, compiled by g++, runs block by block here.
+// CUDA's words for a host compiler: a kernel's own source, compiled by g++, runs block by block
+// here.
 //
-// A block's threads are fibers. One runs until it must wait for others (__syncthreads, __syncwarp, a
-// shuffle, an mma) and then another does, in an order that the caller may shuffle: a kernel whose
-// result depends on the order has a race. An error instead of a wrong result: a barrier that threads
-// reach at different places or never, an access outside of memory that ends at a guard page, a
-// misaligned 16-byte access, a write behind shared memory. Shared memory starts as NaN in every block.
+// A block's threads are fibers. One runs until it must wait for others (__syncthreads, __syncwarp,
+// a shuffle, an mma) and then another does, in an order that the caller may shuffle: a kernel whose
+// result depends on the order has a race. An error instead of a wrong result: a barrier that
+// threads reach at different places or never, an access outside of memory that ends at a guard
+// page, a misaligned 16-byte access, a write behind shared memory. Shared memory starts as NaN in
+// every block.
 //
 // Not shown: races between blocks that run at once, memory order, caches, and times.
 #pragma once

@@ -1,4 +1,5 @@
-// CUDA's functions on the host, by their definitions in the CUDA programming guide; part of emulate.h.
+// CUDA's functions on the host, by their definitions in the CUDA programming guide; part of
+// emulate.h.
 #pragma once
 
 #define BLAQ_WHERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
@@ -109,7 +110,8 @@ inline uint32_t __reduce_or_sync(uint32_t mask, uint32_t value, BLAQ_WHERE) {
 }
 inline uint32_t __activemask() { return ~0u; }
 
-// One thread runs at a time, so a plain read and write is atomic. CUDA has these types and no others.
+// One thread runs at a time, so a plain read and write is atomic. CUDA has these types and no
+// others.
 #define BLAQ_ATOMIC(name, T, expression)   \
   inline T name(T* address, T value) {     \
     const T before = *address;             \
@@ -165,8 +167,8 @@ inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
-// Every rounding is to nearest even here, as these names say, and no product is fused with a sum but
-// by fmaf: nvcc has -fmad=false, g++ -ffp-contract=off.
+// Every rounding is to nearest even here, as these names say, and no product is fused with a sum
+// but by fmaf: nvcc has -fmad=false, g++ -ffp-contract=off.
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }

@@ -1,16 +1,19 @@
-// Packed weights in the order in which tensor cores take them: the layout that torch.ops.blaq.repack
-// makes on CUDA devices, and its decoding.
+// Packed weights in the order in which tensor cores take them: the layout that
+// torch.ops.blaq.repack makes on CUDA devices, and its decoding.
 //
 // The weight is the left operand of mma m16n8k16. A lane (g = lane / 4, t = lane % 4) brings four
-// registers of two neighbouring weights for each fragment: register i is row g + i % 2 * 8. What the
-// inner index means is free as long as inputs agree, so a lane takes 8 neighbouring inputs, one 16-byte
-// load, for each two fragments: fragment f has k = 32 (f / 2) + 8t + 4 (f % 2) + 2 (i / 2), and k + 1.
+// registers of two neighbouring weights for each fragment: register i is row g + i % 2 * 8. What
+// the inner index means is free as long as inputs agree, so a lane takes 8 neighbouring inputs, one
+// 16-byte load, for each two fragments: fragment f has k = 32 (f / 2) + 8t + 4 (f % 2) + 2 (i / 2),
+// and k + 1.
 //
 // A unit is what a lane reads by 16-byte loads of a tile of 16 rows: `loads` of them, `fragments`
-// fragments. Memory is [tile][unit][load][lane][16 bytes]; rows and inputs past the last are code 0.
+// fragments. Memory is [tile][unit][load][lane][16 bytes]; rows and inputs past the last are code
+// 0.
 //
-// Within a unit's words every pair (two weights, one in each half of a register) has its sign and its
-// index at places of its own, such that few shifts bring both where a float of 16 bits has them.
+// Within a unit's words every pair (two weights, one in each half of a register) has its sign and
+// its index at places of its own, such that few shifts bring both where a float of 16 bits has
+// them.
 #pragma once
 
 #include "device.h"
@@ -61,8 +64,8 @@ BLAQ_DEVICE uint32_t moved(uint32_t word) {
   }
 }
 
-// Two weights of 16 bits, powers of two 2^(index + 1 − levels) with a sign, by mask and or: the index
-// is the exponent's low bits. `pair` is of the group whose words these are.
+// Two weights of 16 bits, powers of two 2^(index + 1 − levels) with a sign, by mask and or: the
+// index is the exponent's low bits. `pair` is of the group whose words these are.
 template <int bits, typename Type, int pair>
 BLAQ_DEVICE uint32_t powers_of(const uint32_t* words) {
   using F = Fragments<bits>;

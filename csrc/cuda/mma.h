@@ -1,7 +1,7 @@
 // Tensor-core products of one warp, and ldmatrix; part of device.h.
 //
-// Fragments as the PTX ISA lays them out ("Matrix Fragments for mma.…"), with g = lane / 4 and
-// t = lane % 4: a row of A or D is g or g + 8, a column of B or D is g (B) or 2t, 2t + 1 (D), and the
+// Fragments as the PTX ISA lays them out ("Matrix Fragments for mma.…"), with g = lane / 4 and t =
+// lane % 4: a row of A or D is g or g + 8, a column of B or D is g (B) or 2t, 2t + 1 (D), and the
 // lane's share of the inner dimension is t's in the first register and again half of it further on.
 //   D[i]: row g + i / 2 * 8, column 2t + i % 2
 //   A[i]: row g + i % 2 * 8, inner elements of word t + i / 2 * 4   (a word: 2 × 16, 4 × 8, 32 × 1 bits)
@@ -65,7 +65,8 @@ int dot_bytes(uint32_t a, uint32_t b) {
   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])
 #define BLAQ_MMA_REGISTERS " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
 
-// A [16, 16] · B [16, 8], 16-bit floats, sums in fp32. The emulation sums in double and rounds once.
+// A [16, 16] · B [16, 8], 16-bit floats, sums in fp32. The emulation sums in double and rounds
+// once.
 template <typename Type>
 BLAQ_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDACC__)
@@ -100,8 +101,8 @@ BLAQ_DEVICE void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)[4], const uint
 #endif
 }
 
-// A [16, 256 bits] · B [256 bits, 8]: D += popcount(a & b). One instruction on sm_80 to sm_90; later
-// architectures make it of eight int8 products.
+// A [16, 256 bits] · B [256 bits, 8]: D += popcount(a & b). One instruction on sm_80 to sm_90;
+// later architectures make it of eight int8 products.
 BLAQ_DEVICE void mma_m16n8k256_and(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDACC__)
   asm volatile("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc" BLAQ_MMA_REGISTERS
@@ -161,8 +162,9 @@ BLAQ_DEVICE void mma_m8n8k128(int (&d)[2], uint32_t a, uint32_t b) {
 #endif
 }
 
-// `count` 8 × 8 matrices of 16 bits from shared memory: lane 8i + r has the address of matrix i's row r
-// (16 bytes), and gets word t of row g of every matrix; transposed: rows 2t and 2t + 1 of column g.
+// `count` 8 × 8 matrices of 16 bits from shared memory: lane 8i + r has the address of matrix i's
+// row r (16 bytes), and gets word t of row g of every matrix; transposed: rows 2t and 2t + 1 of
+// column g.
 template <int count, bool transposed = false>
 BLAQ_DEVICE void ldmatrix(uint32_t (&d)[count], const void* row) {
   static_assert(count == 1 || count == 2 || count == 4);

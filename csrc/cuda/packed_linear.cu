@@ -11,7 +11,8 @@ extern template void packed_linear<Bf16>(PackedLinear, int, bool, int, Stream);
 
 namespace {
 
-// Rows of inputs as the kernel reads them: 16-byte aligned, filled up with zeros to a multiple of 8.
+// Rows of inputs as the kernel reads them: 16-byte aligned, filled up with zeros to a multiple of
+// 8.
 Tensor aligned_rows(const Tensor& input, int64_t m, int64_t k) {
   const bool in_place = input.is_contiguous() && k % 8 == 0 &&
                         reinterpret_cast<uintptr_t>(input.const_data_ptr()) % 16 == 0;

@@ -1,4 +1,5 @@
-// packed_linear's kernels for bf16: files of their own, since they take most of the compiler's time.
+// packed_linear's kernels for bf16: files of their own, since they take most of the compiler's
+// time.
 #include "packed_linear_kernel.h"
 
 namespace blaq {

@@ -1,14 +1,15 @@
 // torch.ops.blaq.packed_linear for at most 64 rows of input, from a repacked weight (fragments.h).
 //
-// A warp multiplies kTiles tiles of 16 outputs by all rows, over every `splits`-th unit of inputs. It
-// asks for its first kAhead units at once, before it waits for the kernel that made the input; inputs
-// come straight from global memory in the order of the fragments, and through L1 serve the block's
-// other warps. Warps of the same outputs then add up in shared memory, in one order, and store once.
+// A warp multiplies kTiles tiles of 16 outputs by all rows, over every `splits`-th unit of inputs.
+// It asks for its first kAhead units at once, before it waits for the kernel that made the input;
+// inputs come straight from global memory in the order of the fragments, and through L1 serve the
+// block's other warps. Warps of the same outputs then add up in shared memory, in one order, and
+// store once.
 //
-// Scales: where the codebook is powers of two, round(level × scale) = level × round(scale) unless that
-// is subnormal or overflows, so scales multiply sums, of a row or of 64 inputs of a group; a block
-// looks at its scales first. Otherwise, and for other codebooks and groups, each weight is made from
-// its level and its scale, as reference.py has it.
+// Scales: where the codebook is powers of two, round(level × scale) = level × round(scale) unless
+// that is subnormal or overflows, so scales multiply sums, of a row or of 64 inputs of a group; a
+// block looks at its scales first. Otherwise, and for other codebooks and groups, each weight is
+// made from its level and its scale, as reference.py has it.
 #pragma once
 
 #include "fragments.h"
@@ -48,8 +49,8 @@ BLAQ_DEVICE float scale_of(const PackedLinear& p, int row, int group) {
   return p.scale[static_cast<int64_t>(min(row, p.n - 1)) * p.scale_stride + group];
 }
 
-// k / group_size, for multiples of kScaled below kMaxInputs, without a division: 24-bit numbers times the
-// factor rounded up are exact (Granlund and Montgomery, PLDI 1994).
+// k / group_size, for multiples of kScaled below kMaxInputs, without a division: 24-bit numbers
+// times the factor rounded up are exact (Granlund and Montgomery, PLDI 1994).
 inline void plan_groups(PackedLinear& p) {
   if (p.group_size < kScaled) return;
   const int size = p.group_size / kScaled;
@@ -78,7 +79,7 @@ struct LinearWarp {
   using F = Fragments<bits>;
   using Shape = LinearShape<columns>;
   static constexpr int kTiles = Shape::kTiles;
-  static constexpr int kAhead = bits == 3 ? 1 : columns > 2 ? 2 : 4;  // units on their way
+  static constexpr int kAhead = bits == 3 ? 1 : columns == 1 ? 4 : columns == 2 ? 3 : 2;  // units
 
   const PackedLinear& p;
   int lane, first_tile, split;
@@ -114,30 +115,40 @@ struct LinearWarp {
     }
   }
 
-  // The lane's 8 neighbouring inputs of rows lane / 4 + 8c; zeros past the last of both.
+  // The lane's 8 neighbouring inputs of rows lane / 4 + 8c; zeros past the last of both. Not by the
+  // read-only path: the kernel that writes them may have been running when this one began.
   BLAQ_DEVICE void load_inputs(uint4 (&x)[columns], int k) const {
     const int at = k + lane % 4 * 8;
 #pragma unroll
     for (int c = 0; c < columns; ++c) {
-      x[c] = make_uint4(0, 0, 0, 0);
       const int row = c * 8 + lane / 4;
-      if (row >= p.m || at >= p.width) continue;
-      const uint16_t* address = p.x + (static_cast<uint32_t>(row) * p.x_stride + at);
-      x[c] = columns > 2 ? load_16(address) : __ldg(reinterpret_cast<const uint4*>(address));
+      x[c] = load_16_if(row < p.m && at < p.width,
+                        p.x + (static_cast<uint32_t>(row) * p.x_stride + at));
     }
   }
 
-  // Fragments f of a unit, from the one at hand up to the last.
-  template <bool grouped, int f = 0>
-  BLAQ_DEVICE void multiply(const Unit& unit, int k, uint4 (&x)[columns],
+  // Inputs of the next kWindow pairs of fragments, the pair j at j % kWindow.
+  static constexpr int kPairs = F::kFragments / 2;
+  static constexpr int kWindow = columns == 1 && kPairs >= 4 ? 4 : 2;
+  using Window = uint4[kWindow][columns];
+
+  BLAQ_DEVICE void open(Window& x, int k) const {
+#pragma unroll
+    for (int j = 0; j < kWindow; ++j) load_inputs(x[j], k + 32 * j);
+  }
+
+  // Fragments of the unit of inputs k from pair j on; each pair's place goes to inputs further on,
+  // in this unit or in the next, which begins at `next`.
+  template <bool grouped, int j = 0>
+  BLAQ_DEVICE void multiply(const Unit& unit, int k, int next, Window& x,
                             float (&part)[kTiles][columns][4]) {
-    if constexpr (f < F::kFragments) {
-      uint4 next[columns];
-      if constexpr (f % 2 == 0 && f + 2 < F::kFragments) load_inputs(next, k + f / 2 * 32 + 32);
-      multiply_one<f>(unit, x, part);
-      multiply_one<f + 1>(unit, x, part);
-      if constexpr (grouped && (f + 2) % (kScaled / 16) == 0) add_scaled(part, k + f / 2 * 32);
-      if constexpr (f + 2 < F::kFragments) multiply<grouped, f + 2>(unit, k, next, part);
+    if constexpr (j < kPairs) {
+      multiply_one<2 * j>(unit, x[j % kWindow], part);
+      multiply_one<2 * j + 1>(unit, x[j % kWindow], part);
+      constexpr int ahead = j + kWindow;
+      load_inputs(x[j % kWindow], ahead < kPairs ? k + 32 * ahead : next + 32 * (ahead - kPairs));
+      if constexpr (grouped && j % 2 == 1) add_scaled(part, k + 32 * (j - 1));
+      multiply<grouped, j + 1>(unit, k, next, x, part);
     }
   }
 
@@ -190,17 +201,18 @@ struct LinearWarp {
   template <bool grouped>
   BLAQ_DEVICE void powers(Unit (&ahead)[kAhead]) {
     float part[kTiles][columns][4] = {};
+    Window x;
+    open(x, split * F::kInputs);
     for (int unit = split; unit < p.units; unit += kAhead * p.splits) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const int at = unit + i * p.splits;
         if (at >= p.units) break;
-        uint4 x[columns];
-        load_inputs(x, at * F::kInputs);
+        const int k = at * F::kInputs, next = (at + p.splits) * F::kInputs;
         if constexpr (grouped) {
-          multiply<true>(ahead[i], at * F::kInputs, x, part);
+          multiply<true>(ahead[i], k, next, x, part);
         } else {
-          multiply<false>(ahead[i], at * F::kInputs, x, sum);
+          multiply<false>(ahead[i], k, next, x, sum);
         }
         load(ahead[i], at + kAhead * p.splits);
       }
@@ -284,7 +296,7 @@ struct LinearWarp {
 };
 
 template <int bits, typename Type, int columns>
-__global__ void __launch_bounds__(32 * LinearShape<columns>::kWarps)
+__global__ void __launch_bounds__(32 * LinearShape<columns>::kWarps, 1)
     packed_linear_kernel(const __grid_constant__ PackedLinear p) {
   using Warp = LinearWarp<bits, Type, columns>;
   launch_dependents();

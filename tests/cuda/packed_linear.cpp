@@ -1,4 +1,5 @@
-// repack and packed_linear, whole, as csrc/cuda/packed_linear.cu calls them; and the decoding of every word.
+// repack and packed_linear, whole, as csrc/cuda/packed_linear.cu calls them; and the decoding of
+// every word.
 #include "cuda/packed_linear_kernel.h"
 #include "cuda/repack_kernel.h"
 
