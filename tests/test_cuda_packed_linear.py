@@ -129,7 +129,7 @@ SHAPES = [(1, 16, 64), (1, 70, 515), (3, 33, 256), (8, 16, 1024), (9, 40, 264), 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group_size", [0, -1, 64, 128, 5])
+@pytest.mark.parametrize("group_size", [0, -1, 64, 192, 5])
 @pytest.mark.parametrize("name,bits", BOOKS)
 def test_products(lib, name, bits, group_size, dtype):
     for m, n, k in SHAPES:
