@@ -343,6 +343,13 @@ def repacked_bytes(bits: int, n: int, row_bytes: int, device: str = "cpu") -> in
     return (n + 15) // 16 * ((row_bytes + 3) // 4) * (bits if bits <= 2 else 4) * 64
 
 
+def conv_repacked_shape(bits: int, n: int, in_features: int, taps: int,
+                        groups: int) -> tuple[int, ...]:
+    """Shape of what ``conv_repack`` makes: group, 16 outputs, tap, registers of 64 bytes."""
+    words = -(-in_features // taps // 32) * (bits if bits <= 2 else 4)
+    return groups, -(-n // groups // 16), taps, words, 64
+
+
 def _check_repacked(op: str, repacked: Tensor | None, qweight: Tensor, accuracy: str,
                     shape: tuple[int, ...] | None = None) -> None:
     require(accuracy in ACCURACIES, op, "accuracy", "be 'exact', 'high' or 'fast'", repr(accuracy))
