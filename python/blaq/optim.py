@@ -57,7 +57,7 @@ class BLAQ(Optimizer):
 
     One step evaluates the loss twice on one mini-batch, at the weights and at trial weights::
 
-        opt = blaq.BLAQ(blaq.param_groups(model, bits=1), lr=1e-3)
+        opt = blaq.BLAQ(blaq.param_groups(model, bits=1), lr=3e-3)
 
         def closure():
             opt.zero_grad()
@@ -78,7 +78,8 @@ class BLAQ(Optimizer):
     Args:
         params: groups from :func:`blaq.param_groups`, or any that torch's optimizers take; the key
             ``bits`` (1 to 4, or 8) makes a group quantized. Float32, bfloat16 or float16.
-        lr: learning rate, at least 0; a float or a tensor of one element.
+        lr: learning rate, at least 0; a float or a tensor of one element. 3e-3 is what sweeps of
+            small networks from scratch chose (docs/evidence.md); less for fine-tuning.
         codebook: name or magnitudes, see :func:`blaq.levels_for`.
         group_size: 0 one scale for a tensor (the paper), -1 for a row, g > 0 for g inputs of a row.
         backtrack: the paper's a in (0, 1]: weight of the current gradient against the trial's. 0.6
@@ -104,7 +105,7 @@ class BLAQ(Optimizer):
 
     _step_supports_amp_scaling = True
 
-    def __init__(self, params: ParamsT, lr: float | Tensor = 1e-3, *,
+    def __init__(self, params: ParamsT, lr: float | Tensor = 3e-3, *,
                  codebook: str | Sequence[float] = "pow2", group_size: int = 0,
                  backtrack: float = 0.6, max_iter: int = 5, method: str = "alternating",
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,

@@ -103,7 +103,7 @@ class TrainConfig:
 
     epochs: int = _option(20, "passes over the training set", rule=AT_LEAST_1)
     batch_size: int = _option(64, "images in a mini-batch", rule=AT_LEAST_1)
-    lr: float = _option(1e-3, "learning rate at its highest", rule=POSITIVE)
+    lr: float = _option(3e-3, "learning rate at its highest", rule=POSITIVE)
     schedule: str = _option("cosine", "of lr after the warm-up: cosine to 0; step: x gamma after "
                             "each of the milestones; exponential: x gamma for each epoch "
                             "that is complete since the first milestone; none",
