@@ -14,7 +14,7 @@ from test_data import idx
 from torch import nn
 
 from blaq.reproduce.charlm import TEXT, CharConfig, CharLSTM, read_text, train_charlm
-from blaq.reproduce.results import VERSION, difference, spread, verdict
+from blaq.reproduce.results import VERSION, command_line, difference, spread, verdict
 from blaq.reproduce.runs import RECORD
 from blaq.reproduce.study import Resources, best_line, run_study
 from blaq.reproduce.tables import STUDIES
@@ -79,6 +79,12 @@ def test_theory_holds_by_the_command(capsys, tmp_path, name):
         assert {claim["verdict"] for claim in found["claims"]} == {"holds"}
     for ending in (".png", ".svg"):
         assert (tmp_path / f"{name}{ending}").stat().st_size > 5000
+
+
+def test_the_command_in_a_file_names_no_folder_of_this_machine(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/blaq", "reproduce", "table4", "--out", "/tmp/x",
+                                     "--data-dir=/data", "--rows", "laq"])
+    assert command_line() == "blaq reproduce table4 --rows laq"
 
 
 # statistics

@@ -23,6 +23,7 @@ __all__ = ["FORMAT", "VERSION", "Claim", "Spread", "command_line", "difference",
            "spread", "write_results"]
 
 FORMAT, VERSION = "blaq-reproduce", 1
+FOLDERS = ("--out", "--data-dir")
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,15 @@ def verdict(gap: dict[str, float | None]) -> str:
 
 
 def command_line() -> str:
-    """The command that this process was started by."""
-    return " ".join(["blaq", *sys.argv[1:]])
+    """The command that this process was started by, without the folders that it names: they belong
+    to a machine and decide nothing."""
+    words, kept = iter(sys.argv[1:]), ["blaq"]
+    for word in words:
+        if word in FOLDERS:
+            next(words, None)
+        elif not word.startswith(tuple(f"{flag}=" for flag in FOLDERS)):
+            kept.append(word)
+    return " ".join(kept)
 
 
 def write_results(path: Path, name: str, title: str, settings: dict[str, Any],
