@@ -117,7 +117,7 @@ class SoftStep(GroupQuantizer):
 
     def quantize(self, groups: Tensor) -> Tensor:
         low, high = self.range(groups)
-        with torch.no_grad():  # to the values alone: all derivatives take three times as long
+        with torch.no_grad():  # the only derivative that is wanted, without a graph
             slope, hard = slope_of_soft_step(groups, low, high, self.bits, SOFTNESS)
             if self.levels is not None:  # level × scale, as a packed weight is decoded
                 hard = fake_quantize(groups, high.reshape(1), self.levels)
@@ -163,3 +163,4 @@ class LearnedDSQ(QuantizerMethod):
 
     quantizer = LearnedSoftStep
     activation = LearnedSoftStep.of_inputs
+    quantizer_lr = 0.1

@@ -61,3 +61,4 @@ class LSQ(QuantizerMethod):
 
     quantizer = LearnedStep
     activation = LearnedStep.of_inputs
+    quantizer_lr = 0.1  # a small step at Adam's whole rate runs through zero, and back

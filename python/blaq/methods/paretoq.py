@@ -107,9 +107,11 @@ class ParetoQ(QuantizerMethod):
     """Each width by its grid."""
 
     quantizer = staticmethod(grid)
+    quantizer_lr = 0.1
 
 
 class Ternary(QuantizerMethod):
     """The ternary grid."""
 
     quantizer = StretchedTernary
+    quantizer_lr = 0.1
