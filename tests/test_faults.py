@@ -137,3 +137,18 @@ def test_a_fork_after_the_first_call():
         child.start()
         child.join(60)
         assert child.exitcode == 0 and torch.equal(torch.from_numpy(queue.get()), expected)
+
+
+@torch.no_grad()
+def test_a_layer_of_few_outputs_follows_its_tensors():
+    torch.manual_seed(0)
+    layer = blaq.pack(nn.Sequential(quantize_(nn.Linear(200, 10), "pow2", 2)))[0]
+    x = torch.randn(3, 200)
+    assert relative_error(layer(x), exact(layer, x, F.linear)) < BUDGET["exact"]
+    kept = layer.bytes_repacked
+    assert kept >= 4 * 2000 and layer(x) is not None and layer.bytes_repacked == kept
+    layer.scale *= 2
+    layer.qweight[-1] ^= 255
+    assert relative_error(layer(x), exact(layer, x, F.linear)) < BUDGET["exact"]
+    layer.scale = layer.scale / 3
+    assert relative_error(layer(x), exact(layer, x, F.linear)) < BUDGET["exact"]

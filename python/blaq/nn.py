@@ -25,7 +25,17 @@ from .quantization import Quantization
 
 __all__ = ["PackedConv2d", "PackedLinear"]
 
+FEW_OUTPUTS, MOST_DECODED = 96, 1 << 20
+"""A layer of fewer outputs, and at most so many weights, multiplies by its decoded weight: preparing
+a row of inputs costs more than so few outputs take (2 threads of a Zen 4: F.linear in float32 is 1.1
+to 6 times faster up to 64 outputs, slower from 127 on)."""
+
 P = TypeVar("P", bound="PackedLayer")
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts writes, which tensors made in inference mode do not."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class PackedLayer(nn.Module):
@@ -104,7 +114,7 @@ class PackedLayer(nn.Module):
         qweight = self.qweight
         if not self._wants_repacked():
             return None
-        version = 0 if qweight.is_inference() else qweight._version
+        version = _version(qweight)
         kept = self._repacked
         if kept is None or kept[0] is not qweight or kept[1] != version:
             # Two threads may both make it: the same.
@@ -124,7 +134,7 @@ class PackedLayer(nn.Module):
 
     @property
     def bytes_repacked(self) -> int:
-        """What :meth:`repacked` keeps in memory now."""
+        """What the layer keeps in memory now beside its tensors, for its kernels."""
         return 0 if self._repacked is None else self._repacked[2].nbytes
 
     @classmethod
@@ -231,6 +241,8 @@ class PackedLinear(PackedLayer):
     tensor([[8., 8.]])
     """
 
+    _kept_decoded: tuple[Tensor, Tensor, tuple[int, int], Tensor] | None = None
+
     FLOAT = nn.Linear
     GEOMETRY = ("in_features", "out_features")
 
@@ -246,6 +258,8 @@ class PackedLinear(PackedLayer):
             raise ValueError("blaq.PackedLinear: input must have 2 dimensions, for a norm is folded "
                              f"into the layer, got shape {list(input.shape)}")
         input, bias = self._operands(input, -1, "in_features")
+        if self.out_features < FEW_OUTPUTS and self._decodes(input):
+            return F.linear(input, self._decoded(), bias)
         return torch.ops.blaq.packed_linear.default(
             input, self.qweight, self.scale, bias, self.levels, self.group_size, self.repacked(),
             self.accuracy)
@@ -255,6 +269,31 @@ class PackedLinear(PackedLayer):
             return super()._wants_repacked()
         narrow = self.dtype.itemsize == 2 or torch.is_autocast_enabled("cuda")
         return narrow and blaq_kernels.reads_repacked(self.qweight.device)
+
+    def _decodes(self, input: Tensor) -> bool:
+        return (input.is_cpu and input.dtype == torch.float32
+                and self.out_features * self.in_features <= MOST_DECODED
+                and not torch.is_grad_enabled() and not torch.compiler.is_compiling())
+
+    def _decoded(self) -> Tensor:
+        """The weight in float32, kept in the place of the repacked one."""
+        # By the dict: a call this small is mostly Python, and nn.Module finds buffers last.
+        qweight, scale = self._buffers["qweight"], self._buffers["scale"]
+        version = _version(qweight), _version(scale)
+        kept = self._kept_decoded
+        if kept is None or kept[0] is not qweight or kept[1] is not scale or kept[2] != version:
+            weight = torch.ops.blaq.unpack.default(qweight, scale, self.levels, self.group_size,
+                                                   self.in_features, torch.float32)
+            kept = self._kept_decoded = qweight, scale, version, weight
+        return kept[3]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_kept_decoded": None}
+
+    @property
+    def bytes_repacked(self) -> int:
+        kept = self._kept_decoded
+        return super().bytes_repacked + (0 if kept is None else kept[3].nbytes)
 
 
 class PackedConv2d(PackedLayer):

@@ -15,7 +15,7 @@ from blaq_kernels.reference import dequantize
 
 from ..nn import PackedLinear
 from .case import BLAQ, Case, Result, Table, Variant, run_case
-from .packed import TABLES, make_weight, relative_error, torch_linears
+from .packed import LINEAR_FLOAT32, TABLES, make_weight, relative_error, torch_linears
 
 __all__ = ["SUITES", "SWEEP", "worst"]
 
@@ -64,6 +64,12 @@ def _layers(case: Case, full: bool) -> list[Variant]:
         layer.bias.copy_(bias)
         variants.append((name, functools.partial(layer, x)))
     for name, call in torch_linears(weight, bias, x).items():
+        if name.startswith("F.linear"):  # as a layer too
+            dtype = torch.float32 if name == LINEAR_FLOAT32 else torch.bfloat16
+            plain = nn.Linear(k, n).requires_grad_(False)
+            plain.weight.copy_(weight)
+            plain.bias.copy_(bias)
+            call = functools.partial(plain.to(dtype), x.to(dtype))
         variants.append((name, call))
     return [Variant(name, call, error=relative_error(call(), exact)) for name, call in variants]
 
