@@ -29,17 +29,20 @@ def main() -> None:
         for m in (1, 40, 200, 2000):
             x, bias = normal(m, k, dtype=torch.bfloat16), normal(n, dtype=torch.bfloat16)
             ops.packed_linear(x, qweight, scale, bias, levels, group_size)
-        lists = {"params": [normal(n, k)], "grads": [normal(n, k)], "latents": [latent.clone()],
-                 "exp_avgs": [normal(n, k)], "exp_avg_sqs": [curvature.clone()],
-                 "scales": [scale.clone()]}
+        # One scale for 41041 weights: CUDA C++ kernels cut them into parts, those for 9450 do not.
+        shapes = [(n, k), (41, 1001)] if group_size == 0 else [(n, k)]
+        lists = {"params": [normal(*s) for s in shapes], "grads": [normal(*s) for s in shapes],
+                 "latents": [normal(*s) for s in shapes], "exp_avgs": [normal(*s) for s in shapes],
+                 "exp_avg_sqs": [normal(*s).square() for s in shapes],
+                 "scales": [scale.clone() for _ in shapes]}
         scalars = {name: torch.tensor(value, device="cuda")
                    for name, value in (("lr", 1e-3), ("step", 2.0), ("found_inf", 0.0))}
         for method in ("alternating", "exact"):
             tail = {**HYPER, **scalars, "levels": levels, "group_size": group_size, "method": method}
             ops.fused_trial(**lists, **tail)
-            ops.fused_step(**lists, trial_grads=[normal(n, k)], **tail,
+            ops.fused_step(**lists, trial_grads=[normal(*s) for s in shapes], **tail,
                            backtrack=torch.tensor(0.6, device="cuda"),
-                           flips=torch.zeros(1, dtype=torch.int64, device="cuda"))
+                           flips=torch.zeros(len(shapes), dtype=torch.int64, device="cuda"))
     k = 2051  # long enough to be split
     qweight = ops.pack(torch.randint(0, 4, (n, k), dtype=torch.uint8, device="cuda"), 2)
     ops.packed_linear(normal(1, k, dtype=torch.bfloat16), qweight, torch.rand(1, device="cuda"), None,

@@ -1,7 +1,9 @@
-"""The fused steps against torch's fused AdamW, and against the compiled reference."""
+"""The fused steps against torch's fused AdamW, and against the compiled reference; where one scale
+serves a tensor, Triton's against those in CUDA C++ that ``BLAQ_BACKEND=cuda`` chooses."""
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,8 +12,9 @@ import torch
 from gpu_timing import Variant
 from torch import Tensor, nn
 
-from blaq_kernels import reference
+from blaq_kernels import cuda, reference, step_ops
 from blaq_kernels.codebook import levels_of
+from blaq_kernels.dispatch import requested_backend
 
 HYPER = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "clip": 1.0, "max_iter": 5,
          "method": "alternating"}
@@ -84,7 +87,14 @@ def build(shapes: Shapes, bits: int, group_size: int) -> dict[str, Variant]:
     lists = state(shapes, group_size)
     calls = _calls(ops.fused_trial.default, ops.fused_step.default, lists, bits, group_size)
     each = {"fused_trial": 20 + more, "fused_step": 36 + more, "fused_step, LAQ": 32 + more}
-    return {name: Variant([call], count * each[name]) for name, call in calls.items()}
+    if group_size == 0 and not cuda.unavailable() and requested_backend() != "cuda":
+        cuda.load()
+        engine = importlib.import_module("blaq_kernels.cuda.fused").ENGINE
+        own = _calls(partial(step_ops.fused_trial, engine), partial(step_ops.fused_step, engine), lists,
+                     bits, group_size)
+        calls |= {f"{name}, CUDA C++": call for name, call in own.items()}
+    return {name: Variant([call], count * each[name.removesuffix(", CUDA C++")])
+            for name, call in calls.items()}
 
 
 def adamw(shapes: Shapes) -> dict[str, Variant]:

@@ -66,6 +66,9 @@ SCHEMAS = {
     "Tensor? repacked=None) -> Tensor",
 }
 
+# What kernels in CUDA C++ take a call of a training op as: call.py says which numbers these are.
+STEP_CALL = "(Tensor like, int[] integers, float[] numbers) -> ()"
+
 
 def require(condition: bool, op: str, argument: str, rule: str, value: object) -> None:
     """Raise ``blaq.<op>: <argument> must <rule>, got <value>`` unless the condition holds."""

@@ -6,31 +6,32 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from cuda_emulation import Fault, library
+from cuda_emulation import library
 
-from blaq_kernels import step_lists
+from blaq_kernels import cuda, step_lists
 from blaq_kernels.cuda import call, plan
 
 ON_GPU = torch.cuda.is_available()
 
 
-def emulated(order=0):
-    """Kernels whose threads run in this order (cuda_emulation.ORDERS)."""
+def fields():
+    """Names of a call's integers and numbers, and of the table's columns, as the kernels have them."""
     native = library("step")._native
-    names = []
+    found = []
     for name in ("call_integers", "call_numbers", "table_columns"):
         getattr(native, name).restype = ctypes.c_char_p
-        names.append(getattr(native, name)().decode())
-    native.run_call.restype = ctypes.c_char_p
+        found.append(tuple(getattr(native, name)().decode().split()))
+    return found
+
+
+def emulated(order=0):
+    """Runs a call's kernels, threads in this order (cuda_emulation.ORDERS)."""
+    kernels = library("step")
 
     def run(integers, numbers):
-        integers, numbers = np.array(integers, np.int64), np.array(numbers, np.float64)
-        message = native.run_call(ctypes.c_void_p(integers.ctypes.data),
-                                  ctypes.c_void_p(numbers.ctypes.data), ctypes.c_uint32(order))
-        if message:
-            raise Fault(message.decode())
+        kernels.run_call(np.array(integers, np.int64), np.array(numbers, np.float64), order)
 
-    return call.Native.of(*names, run, emulated=True)
+    return run
 
 
 def forget():
@@ -44,9 +45,13 @@ def kernels(monkeypatch):
     """The kernels at hand. ``kernels(order)`` has the emulation run threads in another order."""
     def use(order=0):
         forget()
-        if not ON_GPU:
-            monkeypatch.setattr(call, "_native", emulated(order))
+        if ON_GPU:
+            cuda.load()
+        else:
+            monkeypatch.setattr(call, "emulation", emulated(order))
 
+    if ON_GPU and cuda.unavailable():
+        pytest.skip(cuda.unavailable())
     use()
     yield use
     forget()

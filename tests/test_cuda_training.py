@@ -1,9 +1,11 @@
 """The CUDA training kernels against the truth, in the host emulation or on a GPU."""
 
+from functools import partial
+
 import pytest
 import torch
 from cuda_emulation import ORDERS, needs_compiler
-from cuda_steps import ON_GPU, all_long, cut, kernels  # noqa: F401 (fixtures)
+from cuda_steps import ON_GPU, all_long, cut, fields, kernels  # noqa: F401 (fixtures)
 from step_state import (
     CODEBOOKS,
     DEVICE,
@@ -19,12 +21,15 @@ from step_state import (
 
 from blaq_kernels import reference as ref
 from blaq_kernels.codebook import levels_of
-from blaq_kernels.cuda.fused_step import fused_step
-from blaq_kernels.cuda.fused_trial import fused_trial
-from blaq_kernels.cuda.solve import solve
+from blaq_kernels import step_ops
+from blaq_kernels.cuda import call, plan
+from blaq_kernels.cuda import solve as solve_op
+from blaq_kernels.cuda.fused import ENGINE
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("kernels")]
+fused_trial, fused_step = (partial(op, ENGINE) for op in (step_ops.fused_trial, step_ops.fused_step))
 CUDA = (fused_trial, fused_step)
+solve = partial(solve_op.solve, ref.solve)
 SHAPES = [(3, 1401), (4500,), (7,), (0, 4), (2, 3, 5, 5)]
 
 
@@ -307,3 +312,67 @@ def test_empty_lists_and_weights():
     for shapes in ([], [(0,)], [(0, 3), (3, 0)]):
         for group_size in (0, -1, 4):
             both_stages(CUDA, [0.5, 1.0], group_size, torch.float32, shapes=shapes)
+
+
+def test_a_call_has_the_fields_that_kernels_read():
+    assert fields() == [call.INTEGERS, call.NUMBERS, plan.COLUMNS]
+
+
+class Reached(Exception):
+    """A call came to the kernels."""
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Calls stop before a kernel is started."""
+    def stop(integers, numbers):
+        raise Reached(dict(zip(call.INTEGERS, integers, strict=True)))
+
+    monkeypatch.setattr(call, "emulation", stop)
+
+
+def positional(state, levels, group_size):
+    more = tail(levels, group_size) | {"backtrack": scalar(0.6)}
+    names = [a.split()[1].removesuffix(")").split("=")[0]
+             for a in call.SCHEMAS["fused_step"].split(", ")]
+    return [(state | more).get(name) for name in names]
+
+
+def test_long_groups_are_for_these_kernels_and_the_rest_is_not(watched):
+    from blaq_kernels.cuda import fused_step as module
+
+    def call_with(shapes, group_size):
+        return module.fused_step(lambda *_: None, *positional(
+            make_state([0.5, 1.0], group_size, torch.float32, shapes), [0.5, 1.0], group_size))
+
+    for shapes, group_size in (([(9000,)], 0), ([(2, 8193)], -1), ([(2, 9000)], 8193)):
+        with pytest.raises(Reached):
+            call_with(shapes, group_size)
+    for shapes, group_size in (([(8192,)], 0), ([(90, 100)], -1), ([(2, 9000)], 128), ([], 0)):
+        assert call_with(shapes, group_size) is None
+    w = torch.rand(2, 9000, device=DEVICE)
+    for group_size, mine in ((0, True), (-1, True), (32, False)):
+        args = (lambda *_: "otherwise", w, w, None, [0.5, 1.0], group_size, 5, "exact")
+        if mine:
+            with pytest.raises(Reached):
+                solve_op.solve(*args)
+        else:
+            assert solve_op.solve(*args) == "otherwise"
+
+
+def test_bad_arguments_have_the_words_of_the_other_kernels(all_long):
+    levels = [0.5, 1.0]
+    state = make_state(levels, -1, torch.float32, [(3, 1000), (4,)])
+    step = tail(levels, -1) | {"backtrack": scalar(0.6)}
+    before = [x.clone() for key in STATE[1:] for x in state[key]]
+    cases = [({"lr": scalar([0.1])}, "lr must be a 0-dim tensor, got [1]"),
+             ({"max_iter": 0}, "max_iter must be at least 1, got 0"),
+             ({"grads": [state["grads"][0]]}, "grads must have as many tensors as params (2), got 1"),
+             ({"scales": state["latents"]}, "scales[0] must have shape [3, 1], got [3, 1000]"),
+             ({"exp_avgs": state["latents"]}, "must not overlap another tensor of the call")]
+    for change, message in cases:
+        with pytest.raises(ValueError) as error:
+            fused_step(**(state | step | change))
+        assert str(error.value).startswith("blaq.fused_step: ") and message in str(error.value)
+    assert all(torch.equal(a, b) for a, b in
+               zip(before, (x for key in STATE[1:] for x in state[key]), strict=True))

@@ -1,6 +1,7 @@
 """CUDA C++ kernels for tensors on a GPU: the op ``name`` is the function ``name`` of the module
 ``name``, which calls ``torch.ops.blaq_cuda.<name>`` of the library ``blaq_kernels._cuda`` (csrc/cuda)
-for what that covers, and Triton's op, or the reference, for the rest.
+for what that covers, and Triton's op, or the reference, for the rest. The training ops share one,
+``step_call``, which takes addresses: a list of weights is known to the host code by its addresses.
 
 The library is loaded when the first of its ops is wanted. No GPU has run it yet, so only
 ``BLAQ_BACKEND=cuda`` chooses it (docs/gpu-status.md).
@@ -19,7 +20,8 @@ import torch
 
 from .. import triton
 
-OPS = ("repack", "packed_linear")
+NATIVE = ("repack", "packed_linear")  # in C++ too
+OPS = (*NATIVE, "solve", "fused_trial", "fused_step")
 ARCHITECTURES = ((8, None), (9, 0), (10, 0), (12, 0))
 """Compute capabilities that the library has code for: sm_80 serves every 8.x, the others themselves."""
 
@@ -47,11 +49,12 @@ def load() -> None:
     global _library
     if _library is not None:
         return
-    from ..schemas import SCHEMAS
+    from ..schemas import SCHEMAS, STEP_CALL
 
     library = torch.library.Library("blaq_cuda", "DEF")
-    for name in OPS:
+    for name in NATIVE:
         library.define(name + SCHEMAS[name])
+    library.define("step_call" + STEP_CALL)
     torch.ops.load_library(importlib.util.find_spec("blaq_kernels._cuda").origin)
     _library = library
 
@@ -70,7 +73,9 @@ def covers(device: torch.device) -> bool:
 def serving(name: str) -> str:
     """What serves the op, in words."""
     rest = "reference" if triton.unavailable() or name not in triton.OPS else "Triton"
-    limits = {"packed_linear": f"CUDA C++ (repacked, to 64 rows of 16 bits; else {rest})"}
+    long = f"CUDA C++ (groups of more than 8192 weights; else {rest})"
+    limits = {**dict.fromkeys(("solve", "fused_trial", "fused_step"), long),
+              "packed_linear": f"CUDA C++ (repacked, to 64 rows of 16 bits; else {rest})"}
     return limits.get(name, "CUDA C++")
 
 

@@ -1,66 +1,62 @@
-"""A call of csrc/cuda/step_entry.h: its fields by name, and the scratch memory of its kernels."""
+"""``torch.ops.blaq_cuda.step_call`` (csrc/cuda/step_entry.h): what it takes, its fields by name,
+and the scratch memory of its kernels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .plan import COLUMNS, RUN, Part
+from .. import cuda, triton
+from ..schemas import SCHEMAS
+from . import plan
+from .plan import RUN, Part
 
+INTEGERS = ("op", "dtype", "whole", "table", "row_of_part", "row_of_group", "runs", "parts",
+            "groups", "run_count", "part", "run", "lr", "step", "backtrack", "grad_scale",
+            "found_inf", "doubles", "max_iter", "exact", "flips", "sums", "bins", "scales", "w",
+            "marks", "start", "codes", "curvature", "mean", "levels")
+NUMBERS = ("beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "clip")  # levels follow
 BINS = 1264  # kBins
 OPS = ("fused_trial", "fused_step", "solve")
+GROUP_SIZE = {op: [argument.split()[1] for argument in SCHEMAS[op].split(", ")].index("group_size")
+              for op in ("fused_trial", "fused_step")}  # its place among the arguments
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Where tests have the host emulation run the kernels, on tensors of the CPU.
+emulation: Callable[[Sequence[int], Sequence[float]], None] | None = None
 
-@dataclass(frozen=True)
-class Native:
-    """The compiled kernels: those of ``_C``, or in tests the host emulation.
 
-    Attributes:
-        integers, numbers: names of a call's fields, in order; the levels follow the numbers.
-        run: starts the kernels of a call.
-        emulated: on tensors of the CPU.
+def serves(weights: Sequence[Tensor], group_size: int) -> bool:
+    """Whether the kernels here take a call: some group is long, the device is one that they have
+    code for, and Triton takes the short groups that may be among them."""
+    if not weights or not (emulation or cuda.covers(weights[0].device)):
+        return False
+    lengths = {plan.Shape.of(x.shape, group_size).length for x in weights if x.numel()}
+    short = any(length < plan.LONG_FROM for length in lengths)
+    long = any(length >= plan.LONG_FROM for length in lengths)
+    return long and not (short and triton.unavailable())
+
+
+def run(like: Tensor, fields: Mapping[str, Any], levels: Sequence[float]) -> None:
+    """Starts the kernels of a call on the device of ``like``.
+
+    Args:
+        fields: tensors (None for none), ints and floats; what is not given is 0.
     """
-
-    integers: tuple[str, ...]
-    numbers: tuple[str, ...]
-    run: Callable[[Sequence[int], Sequence[float]], None]
-    emulated: bool = False
-
-    @classmethod
-    def of(cls, integers: str, numbers: str, columns: str,
-           run: Callable[[Sequence[int], Sequence[float]], None], emulated: bool = False) -> Native:
-        if tuple(columns.split()) != COLUMNS:
-            raise RuntimeError(f"blaq_kernels._C must have the columns {COLUMNS}, got {columns}")
-        return cls(tuple(integers.split()), tuple(numbers.split()), run, emulated)
-
-    def __call__(self, fields: Mapping[str, Any], levels: Sequence[float]) -> None:
-        """``fields``: tensors (None for none), ints and floats; what is not given is 0."""
-        unknown = fields.keys() - {*self.integers, *self.numbers}
-        if unknown:
-            raise TypeError(f"a call has no field {', '.join(sorted(unknown))}")
-        integers = [_integer(fields.get(name)) for name in self.integers]
-        integers[self.integers.index("levels")] = len(levels)
-        self.run(integers, [*(float(fields.get(name, 0.0)) for name in self.numbers), *levels])
-
-
-_native: Native | None = None
-
-
-def kernels() -> Native:
-    """Those of ``_C``, where it was built with CUDA."""
-    global _native
-    if _native is None:
-        from .. import _C
-
-        _native = Native.of(_C.cuda_call_integers(), _C.cuda_call_numbers(),
-                            _C.cuda_table_columns(), _C.cuda_call)
-    return _native
+    fields = {**fields, "levels": len(levels)}
+    unknown = fields.keys() - {*INTEGERS, *NUMBERS}
+    if unknown:
+        raise TypeError(f"a call has no field {', '.join(sorted(unknown))}")
+    integers = [_integer(fields.get(name)) for name in INTEGERS]
+    numbers = [*(float(fields.get(name, 0.0)) for name in NUMBERS), *levels]
+    if emulation is not None:
+        emulation(integers, numbers)
+    else:
+        torch.ops.blaq_cuda.step_call.default(like, integers, numbers)
 
 
 def _integer(x: Any) -> int:
@@ -71,12 +67,12 @@ def log_of(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
 
 
-def maps(part: Part, programs: Tensor) -> dict[str, Any]:
+def maps(part: Part, table: Tensor, programs: Tensor) -> dict[str, Any]:
     """The fields that say where the part's blocks find what they work on."""
     rows, groups, runs = programs.split([part.parts, part.groups, 2 * part.runs])
-    return {"row_of_part": rows, "row_of_group": groups, "runs": runs, "parts": part.parts,
-            "groups": part.groups, "run_count": part.runs, "part": part.size, "run": RUN,
-            "whole": part.whole, "dtype": DTYPES.index(part.dtype)}
+    return {"table": table, "row_of_part": rows, "row_of_group": groups, "runs": runs,
+            "parts": part.parts, "groups": part.groups, "run_count": part.runs, "part": part.size,
+            "run": RUN, "whole": part.whole, "dtype": DTYPES.index(part.dtype)}
 
 
 def scratch(part: Part, device: torch.device, op: str, several: bool,

@@ -5,13 +5,15 @@
 
 Fails where a kernel spills to local memory (LDL, STL), calls a function, makes an atomic of a loop
 (ATOMS.CAST, ATOMG.CAS), misses the tensor-core instruction that it means to use or its 128-bit loads,
-or takes more instructions a weight than its budget. No GPU takes part: nothing here is a time.
+or takes more instructions a weight than its budget. Of a training kernel that is the longest way through
+its loop but for what is rare: slow paths of divisions and roots, elements by themselves, carries. No GPU takes part: nothing here is a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -38,6 +40,10 @@ class Rule:
     columns: int = 0  # group of the expression that divides them: products with the same weights
     logic: dict[str, float] | None = None  # most LOP3 and PRMT a weight, by the first group
     wide_loads: bool = False
+    elements: int = 0  # of a thread's turn of the longest loop, whose ordinary way is counted
+    budget: float = math.inf  # instructions of that way for each of them
+    atomics: int = 0  # additions to shared memory on that way
+    slow_paths: bool = False  # a division or root may call what it needs for extreme numbers
     architectures: tuple[int, ...] = (80, 90, 100, 120)
 
 
@@ -47,6 +53,22 @@ RULES = [
          logic={"1Fp16": 0.55, "1Bf16": 0.55, "2Bf16": 0.55, "2Fp16": 1.05, "3Fp16": 1.05,
                 "3Bf16": 1.05, "4Fp16": 1.05, "4Bf16": 0.95}),
     Rule(r"13repack_kernelILi(\d)E", "repack W{0}"),
+    *(Rule(rf"12update_partsINS_3(F32|B16|F16)ELb{commits}ELb{binary}E",
+           f"fused_{('trial', 'step')[commits]}, first pass, {('levels', '1 bit')[binary]}, {{0}}",
+           wide_loads=True, elements=8, budget=budget, atomics=0 if binary else 16, slow_paths=True)
+      for commits, binary, budget in ((0, 0, 165), (0, 1, 70), (1, 0, 235), (1, 1, 110))),
+    *(Rule(rf"11write_partsINS_3(F32|B16|F16)ELb{commits}E",
+           f"fused_{('trial', 'step')[commits]}, second pass, {{0}}", wide_loads=True, elements=8,
+           budget=budget) for commits, budget in ((0, 55), (1, 70))),
+    *(Rule(rf"11take_groupsINS_3(F32|B16|F16)ELb{commits}ELb{binary}E",
+           f"fused_{('trial', 'step')[commits]}, whole groups, {('levels', '1 bit')[binary]}, {{0}}",
+           wide_loads=True, slow_paths=True) for commits in (0, 1) for binary in (0, 1)),
+    Rule(r"10fold_parts", "histograms of parts, folded"),
+    Rule(r"13settle_groupsILb(\d)ELb(\d)E", "scales of groups, 1 bit {0}, step {1}", slow_paths=True),
+    Rule(r"9sum_partsILb0E", "solve, histogram", wide_loads=True, elements=8, budget=120, atomics=16,
+         slow_paths=True),
+    Rule(r"9sum_partsILb1E", "solve, weighted mean", wide_loads=True, elements=8, budget=25),
+    Rule(r"11write_codes", "solve, codes", wide_loads=True, elements=8, budget=40),
 ]
 
 
@@ -85,7 +107,8 @@ def _row(rule: Rule, found: re.Match[str] | None, architecture: int, code: list[
     groups = found.groups() if found else ()
     wide = _count(code, "LDG", ".128")
     faults = [f"{n} {what}" for what, n in (
-        ("spills to local memory", _count(code, ("LDL", "STL"))), ("calls", _count(code, "CALL")),
+        ("spills to local memory", _count(code, ("LDL", "STL"))),
+        ("calls", 0 if rule.slow_paths else sum(map(_is_call, code))),
         ("atomics made of loops", _count(code, ("ATOMS.CAS", "ATOMG.E.CAS", "ATOM.E.CAS")))) if n]
     per_weight = None
     body = _main_loop(code, rule.tensor_core) if rule.tensor_core else []
@@ -101,12 +124,31 @@ def _row(rule: Rule, found: re.Match[str] | None, architecture: int, code: list[
         budget = (rule.logic or {}).get("".join(groups[:2]))
         if budget is not None and per_weight[0] > budget:
             faults.append(f"{per_weight[0]:.2f} logic instructions a weight, budget {budget:g}")
+    if rule.elements:
+        way = sass.longest_way(max(sass.loops(code), key=len), _is_rare)
+        per_weight = (_count(way, LOGIC) / rule.elements, _count(way, SHIFTS) / rule.elements,
+                      sum(one.opcode != "NOP" for one in way) / rule.elements)
+        if not 0 < per_weight[2] <= rule.budget:
+            faults.append(f"{per_weight[2]:.1f} instructions an element, budget {rule.budget:g}")
+        if (additions := _count(way, "ATOMS.ADD")) != rule.atomics:
+            faults.append(f"{additions} additions to shared memory, not {rule.atomics}")
     return Row(rule.label.format(*groups), architecture, usage["REG"], usage.get("SHARED", 0), wide,
                products, per_weight, tuple(faults))
 
 
 def _count(code: Iterable[Instruction], starts: str | tuple[str, ...], part: str = "") -> int:
     return sum(one.opcode.startswith(starts) and part in one.opcode for one in code)
+
+
+def _is_rare(one: Instruction) -> bool:
+    """What a turn of a training kernel's loop seldom meets: the slow path of a division or a root, an
+    element by itself, a sum's carry, a larger unit."""
+    return _is_call(one) or one.opcode.startswith(("LD.E", "ST.E", "ATOMS.POPC", "REDUX"))
+
+
+def _is_call(one: Instruction) -> bool:
+    """For sm_80 the end of a loop may be a call under a condition, which nothing returns from."""
+    return one.opcode.startswith("CALL") and not one.predicate
 
 
 def _main_loop(code: list[Instruction], tensor_core: str) -> list[Instruction]:

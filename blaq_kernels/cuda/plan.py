@@ -16,9 +16,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .. import triton
 from ..reference import matrix_shape
-from ..schemas import require
 
 LONG_FROM = 8193  # elements of a group; shorter ones fit the registers of a Triton program
 WHOLE_MOST = 1 << 15
@@ -81,13 +79,6 @@ def is_short(sizes: Sequence[int], group_size: int) -> bool:
     """Whether a Triton program takes its groups; a weight without elements has none."""
     shape = Shape.of(sizes, group_size)
     return shape.groups > 0 and 0 < shape.length < LONG_FROM
-
-
-def require_triton(op: str, length: int) -> None:
-    """Raise ValueError where nobody serves groups of this length."""
-    if why := triton.unavailable():
-        rule = f"leave groups of at least {LONG_FROM} weights where {why}"
-        require(False, op, "group_size", rule, length)
 
 
 @lru_cache(maxsize=256)

@@ -7,12 +7,14 @@
 // within an octave.
 //
 // Fixed point, so that the order of additions is no matter, in words of 32 bits, for which alone
-// shared memory has an atomic addition; what a word overflows by is counted in a second one. The
-// unit is 2^-31 of a power of two above the largest d that the block has met, so of one d at most
-// half a unit is lost: with n weights in the block, at most n · 2^-32 of the largest d in any sum,
-// and the losses have no common sign. Where a tile holds a larger d, the unit grows, by three
-// octaves more than it must, and the bins are rounded to it: tiles come in one order, so it is
-// always the same unit.
+// shared memory has an atomic addition; what a word overflows by is counted in a second one, so a
+// sum has 64 bits. Its unit, 2^-31 of a power of two that no d of the block has reached so far: the
+// first tile of 2048 weights says which, three octaves above its largest d. Where a later tile
+// passes it, the unit is raised in the same way, and the sums are rounded to it; tiles come in one
+// order, so the units are always the same. The largest d so far being more than 2^-4 of that power,
+// a d loses at most half a unit, 2^-28 of the largest, and not always to one side: a weight that is
+// one of a million equals still has 6 digits beside a single one that weighs a million times as
+// much.
 #pragma once
 
 #include "codebook.h"
@@ -34,7 +36,7 @@ constexpr double kShrink =
 BLAQ_DEVICE int window_of(float scale) {
   const int octave =
       static_cast<int>(float_bits(scale) >> 23 & 0xff) + kOctavesAbove + 1 - kOctaves;
-  return octave < 0 ? 0 : octave > 256 - kOctaves ? 256 - kOctaves : octave;
+  return octave < 0 ? 0 : octave > 255 - kOctaves ? 255 - kOctaves : octave;
 }
 
 // Place of |x|: its bin, and how far into it in units of 2^-32.

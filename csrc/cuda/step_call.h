@@ -39,7 +39,7 @@ struct Call {
   int64_t codes;  // address of the codes
 
   BLAQ_DEVICE bool skips() const { return found_inf && *found_inf != 0.0f; }
-  BLAQ_DEVICE bool binary() const { return book.count == 1; }
+  BLAQ_INLINE bool binary() const { return book.count == 1; }
   BLAQ_DEVICE uint32_t* codes_of(const Part& p) const {
     return static_cast<uint32_t*>(marks) + p.number * (part / 8);
   }

@@ -13,7 +13,7 @@ namespace blaq {
 // op: 0 trial, 1 step, 2 solve. dtype: 0 float32, 1 bfloat16, 2 float16. Addresses, or 0 for none.
 // clang-format off
 #define BLAQ_CALL_INTEGERS(X)                                                                    \
-  X(op) X(dtype) X(whole) X(stream) X(table) X(row_of_part) X(row_of_group) X(runs) X(parts)     \
+  X(op) X(dtype) X(whole) X(table) X(row_of_part) X(row_of_group) X(runs) X(parts)               \
   X(groups) X(run_count) X(part) X(run) X(lr) X(step) X(backtrack) X(grad_scale) X(found_inf)    \
   X(doubles) X(max_iter) X(exact) X(flips) X(sums) X(bins) X(scales) X(w) X(marks) X(start)      \
   X(codes) X(curvature) X(mean) X(levels)
@@ -51,7 +51,7 @@ void run_op(int64_t op, const Call& call, bool whole, Stream stream) {
 }
 
 // `numbers` are followed by the levels. Rules are checked before, in Python.
-inline void run_call(const int64_t* integers, const double* numbers) {
+inline void run_call(const int64_t* integers, const double* numbers, Stream stream) {
   using I = CallInteger;
   using N = CallNumber;
   const auto pointer = [&]<typename T>(T*& field, int i) {
@@ -77,7 +77,6 @@ inline void run_call(const int64_t* integers, const double* numbers) {
       call.marks = reinterpret_cast<void*>(integers[I::marks]);
   pointer(call.start, I::start);
   call.codes = integers[I::codes];
-  const auto stream = reinterpret_cast<Stream>(integers[I::stream]);
   if (integers[I::op] == 2) {
     const Given given = {reinterpret_cast<const float*>(integers[I::curvature])};
     return run_solve(call, given, reinterpret_cast<float*>(integers[I::mean]), stream);

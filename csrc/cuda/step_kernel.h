@@ -34,13 +34,14 @@ template <typename Type, bool kCommits, bool kBinary>
 BLAQ_DEVICE int update(const Call& call, const Part& part, const StepScalars& s,
                        const ScaledBook& old, const Eight& at, float (&w)[8], float (&d)[8]) {
   const Row& row = *part.row;
-  float g[8], latent[8], m[8], v[8];
+  const bool blends = kCommits && row.trial_grad && s.backtrack < 1.0f;
+  float g[8], trial[8], latent[8], m[8], v[8];
   load<Type>(row.grad, at, g);
+  if (blends) load<Type>(row.trial_grad, at, trial);
   load<F32>(row.latent, at, latent);
   load<F32>(row.exp_avg, at, m);
   load<F32>(row.exp_avg_sq, at, v);
   const auto root = [](float x) { return sqrtf(x); };
-  const bool blends = kCommits && row.trial_grad && s.backtrack < 1.0f;
   float moment[8];
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
@@ -49,8 +50,6 @@ BLAQ_DEVICE int update(const Call& call, const Part& part, const StepScalars& s,
     d[k] = curvature_of(moment[k], s, root);
   }
   if (blends) {
-    float trial[8];
-    load<Type>(row.trial_grad, at, trial);
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
       trial[k] *= s.inverse_grad_scale;
@@ -203,7 +202,7 @@ __global__ void __launch_bounds__(kThreads) fold_parts(const Call call) {
 }
 
 template <bool kBinary, bool kCommits>
-__global__ void __launch_bounds__(kThreads) settle_groups(const Call call) {
+__global__ void __launch_bounds__(kThreads, 1) settle_groups(const Call call) {
   if (call.skips()) return;
   auto& memory = shared<Shared<kBinary>>();
   const int64_t group = blockIdx.x;
