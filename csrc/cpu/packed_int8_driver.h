@@ -118,7 +118,7 @@ struct Kernel {
     chunk = std::min(chunk, words);
     const int64_t segments = (chunk + segment_words - 1) / segment_words;
     Prepared tile;
-    // Rows a multiple of 4096 bytes apart share the cache's sets: a third slower.
+    // Rows a multiple of 4096 bytes apart would share the sets of the L1 cache.
     tile.stride = (chunk * 32 * kInputBytes + 1023) / 1024 * 1024 + 256;
     tile.segments = segments;
     float* memory = buffer.take((tile.stride * kRows) / 4 + 2 * segments * kRows);
