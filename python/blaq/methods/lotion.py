@@ -10,7 +10,11 @@ instead, the gradient straight through. Evaluation takes the nearest level.
 ``s = max|w| / (2^(b-1) - 1)``, one for a layer, without a gradient.
 
 After every epoch batch norm's statistics are estimated again for the rounded weights, which the
-paper's networks have no need of. Not implemented: block scales; floating-point grids.
+paper's networks have no need of.
+
+Known limits: Adam's moment holds the regularizer's own gradient too, so a large ``strength`` feeds
+itself (100 gave NaN on MNIST, batches of 100); and 2 bits, where the largest weight is the only
+level beside 0, ended at 47 % there, 4 bits at 95.5 %. Not implemented: block scales; floating-point grids.
 """
 
 from __future__ import annotations
