@@ -71,6 +71,20 @@ def test_products_keep_their_contract(linear):
 
 
 @needs_tools
+def test_training_kernels_keep_their_contract(tmp_path):
+    kernels = "\n".join(f"template __global__ void blaq::{kernel}(const blaq::Call);" for kernel in (
+        "update_parts<blaq::F32, true, false>", "update_parts<blaq::B16, false, true>",
+        "write_parts<blaq::F16, true>"))
+    rows = list(contract.measure(compiled(tmp_path, "step",
+                                          f'#include "cuda/step_kernel.h"\n{kernels}\n')))
+    ours = {row.name: row for row in rows if row.per_weight}
+    assert not [(row.name, row.faults) for row in rows if row.faults]
+    assert list(ours) == ["fused_step, second pass, F16", "fused_trial, first pass, 1 bit, B16",
+                          "fused_step, first pass, levels, F32"]
+    assert all(row.wide_loads for row in ours.values())
+
+
+@needs_tools
 def test_a_broken_contract_is_reported(linear, monkeypatch):
     strict = replace(contract.RULES[0], logic={"1Bf16": 0.1}, tensor_core="BMMA")
     monkeypatch.setattr(contract, "RULES", [strict])

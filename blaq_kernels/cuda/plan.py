@@ -38,6 +38,7 @@ class Shape:
     row: int
 
     @classmethod
+    @lru_cache(maxsize=4096)  # every call asks for those of its weights
     def of(cls, sizes: Sequence[int], group_size: int) -> Shape:
         n, k = matrix_shape(sizes)
         if group_size == 0:
