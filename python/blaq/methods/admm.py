@@ -20,6 +20,7 @@ from ..encoding import recover_scale
 from ..functional import fake_quantize, solve
 from ..quantization import Quantization, record
 from .method import Method, make_optimizer, quantized_layers
+from .norms import RecentInputs
 from .quantizer import eight_bit
 from .sparsity import keep_largest, shares
 
@@ -28,7 +29,7 @@ __all__ = ["ADMM", "ADMMPruning"]
 
 class ADMM(Method):
     """Quantization: S is every scale × level of the codebook, the projection the unweighted exact
-    solve. W is measured, and ships, projected.
+    solve. W is measured, and ships, projected, with batch norm's statistics estimated for that.
 
     Options: ``rho``, and the factor ``growth`` on it after each epoch; ``decay``. Not implemented:
     Leng et al.'s extragradient step for W.
@@ -41,6 +42,7 @@ class ADMM(Method):
         layers: list[Any] = list(quantized_layers(self.model, self.config))
         self.latents: list[Tensor] = [layer.weight for layer, _ in layers]
         self.bits: list[int] = [bits for _, bits in layers]
+        self.recent = RecentInputs(self.model)
         self.begin()
         self.rho: float = self.options["rho"]
         with torch.no_grad():
@@ -75,6 +77,8 @@ class ADMM(Method):
             self.targets[i] = self.projected(i, dual)
             dual.sub_(self.targets[i])
         self.rho *= self.options["growth"]
+        with self.evaluating():
+            self.recent.estimate_norms()
 
     @contextmanager
     def _shipping(self) -> Iterator[None]:
@@ -97,6 +101,7 @@ class ADMM(Method):
 
     @torch.no_grad()
     def finalize(self) -> nn.Module:
+        self.recent.close()
         self._project()
         for latent, bits in zip(self.latents, self.bits, strict=True):
             if bits != 8:
@@ -155,6 +160,7 @@ class ADMMPruning(ADMM):
             super().epoch_ended(epoch)
 
     def finalize(self) -> nn.Module:
+        self.recent.close()
         self._project()
         return self.model
 

@@ -13,6 +13,7 @@ from blaq_kernels.reference import from_groups, to_groups
 from blaq_kernels.schemas import require
 
 from ..functional import fake_quantize
+from .norms import EstimatesNorms
 from .quantizer import QuantizerMethod, WeightQuantizer, straight_through
 
 if TYPE_CHECKING:
@@ -73,11 +74,12 @@ class BinaryConnect(QuantizerMethod):
         return groups
 
 
-class StochasticConnect(BinaryConnect):
+class StochasticConnect(EstimatesNorms, BinaryConnect):
     """BinaryConnect with random signs in training.
 
-    What is measured and ships is the sign. The paper measures its stochastic networks with the real
-    latent weights instead, which are no 1-bit network; that is not implemented.
+    What is measured and ships is the sign, with batch norm's statistics estimated for it after each
+    epoch. The paper measures its stochastic networks with the real latent weights instead, which
+    are no 1-bit network; that is not implemented.
     """
 
     quantizer = RandomSign
