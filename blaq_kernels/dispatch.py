@@ -114,11 +114,11 @@ def int8_kernels() -> str:
     return str(native.int8_kernels()) if native else ""
 
 
-def reads_repacked(device: torch.device) -> bool:
-    """Whether ``packed_linear`` on this device reads what ``repack`` makes there."""
+def reads_repacked(device: torch.device, op: str = "packed_linear") -> bool:
+    """Whether ``packed_linear`` or ``binary_linear`` on this device reads a repacked weight."""
     if device.type == "cuda":
-        return "packed_linear" in _cuda_ops and cuda.covers(device)
-    return device.type == "cpu" and has_int8()
+        return op in _cuda_ops and cuda.covers(device)
+    return device.type == "cpu" and (has_int8() if op == "packed_linear" else native is not None)
 
 
 def cpu_capability() -> str:

@@ -12,6 +12,7 @@ import torch
 import blaq_kernels
 from blaq_kernels import cuda, fragments, schemas
 from blaq_kernels.codebook import levels_of
+from blaq_kernels.cuda.binary_linear import binary_linear
 from blaq_kernels.cuda.packed_linear import packed_linear
 from blaq_kernels.cuda.repack import repack
 
@@ -82,6 +83,7 @@ def kernels(monkeypatch):
 
     class Ops:
         packed_linear, repack = Op("packed_linear"), Op("repack")
+        packed_int8, binary_linear = Op("packed_int8"), Op("binary_linear")
 
     monkeypatch.setattr(torch.ops, "blaq_cuda", Ops, raising=False)
     monkeypatch.setattr(cuda, "covers", lambda device: True)
@@ -99,6 +101,26 @@ def test_what_the_kernel_covers_reaches_it_and_the_rest_does_not(kernels):
         assert call(**meta_call(1, dtype, repacked=False)) == "otherwise"
     assert call(**meta_call(1, torch.float32)) == "otherwise"
     assert repack(lambda _: "otherwise", torch.zeros(1, 2, 3, dtype=torch.uint8)) == "repack"
+
+
+def test_many_rows_are_rounded_to_8_bits_where_that_is_asked_for(kernels):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for repacked in (False, True):
+            fast = {"repacked": repacked, "accuracy": "fast"}
+            assert call(**meta_call(65, dtype, **fast)) == "packed_int8"
+            assert call(**meta_call(65, dtype, repacked=repacked, accuracy="high")) == "otherwise"
+            few = "packed_linear" if repacked and dtype != torch.float32 else "otherwise"
+            assert call(**meta_call(64, dtype, **fast)) == few
+    grouped = {"group_size": 32, "scale": torch.empty(40, 4, device="meta"), "accuracy": "fast"}
+    assert call(**meta_call(65, torch.float16, **grouped)) == "otherwise"
+
+
+def test_signs_reach_their_kernel_with_a_weight_in_its_order(kernels):
+    args = [torch.empty(3, 100, device="meta"), torch.empty(1, 40, 13, dtype=torch.uint8, device="meta"),
+            torch.empty(1, device="meta"), None, 0]
+    assert binary_linear(lambda *_: "otherwise", *args) == "binary_linear"
+    with pytest.raises(ValueError, match="blaq.binary_linear: group_size must"):
+        binary_linear(lambda *_: "otherwise", *args[:4], 33)
 
 
 def test_rules_are_those_of_every_backend(kernels):

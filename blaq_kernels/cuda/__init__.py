@@ -20,7 +20,7 @@ import torch
 
 from .. import triton
 
-NATIVE = ("repack", "packed_linear")  # in C++ too
+NATIVE = ("repack", "packed_linear", "binary_linear")  # in C++ too
 OPS = (*NATIVE, "solve", "fused_trial", "fused_step")
 ARCHITECTURES = ((8, None), (9, 0), (10, 0), (12, 0))
 """Compute capabilities that the library has code for: sm_80 serves every 8.x, the others themselves."""
@@ -54,6 +54,7 @@ def load() -> None:
     library = torch.library.Library("blaq_cuda", "DEF")
     for name in NATIVE:
         library.define(name + SCHEMAS[name])
+    library.define("packed_int8" + SCHEMAS["packed_linear"])
     library.define("step_call" + STEP_CALL)
     torch.ops.load_library(importlib.util.find_spec("blaq_kernels._cuda").origin)
     _library = library
@@ -74,8 +75,8 @@ def serving(name: str) -> str:
     """What serves the op, in words."""
     rest = "reference" if triton.unavailable() or name not in triton.OPS else "Triton"
     long = f"CUDA C++ (groups of more than 8192 weights; else {rest})"
-    limits = {**dict.fromkeys(("solve", "fused_trial", "fused_step"), long),
-              "packed_linear": f"CUDA C++ (repacked, to 64 rows of 16 bits; else {rest})"}
+    linear = f"CUDA C++ (repacked, to 64 rows of 16 bits; more with accuracy fast; else {rest})"
+    limits = {**dict.fromkeys(("solve", "fused_trial", "fused_step"), long), "packed_linear": linear}
     return limits.get(name, "CUDA C++")
 
 

@@ -45,8 +45,10 @@ class Rule:
     atomics: int = 0  # additions to shared memory on that way
     slow_paths: bool = False  # a division or root may call what it needs for extreme numbers
     architectures: tuple[int, ...] = (80, 90, 100, 120)
+    """That have the tensor-core instruction; ptxas makes a function of others on the rest."""
 
 
+TYPES = r"(?:NS_4|NS_6NarrowINS_4)([FB][pf]\d+)\w*?"
 RULES = [
     Rule(r"20packed_linear_kernelILi(\d)ENS_4([FB][pf]16)ELi(\d)E", "packed_linear W{0} {1}, {2} × 8 rows",
          "HMMA", weights=8, columns=3, wide_loads=True,
@@ -69,6 +71,14 @@ RULES = [
          slow_paths=True),
     Rule(r"9sum_partsILb1E", "solve, weighted mean", wide_loads=True, elements=8, budget=25),
     Rule(r"11write_codes", "solve, codes", wide_loads=True, elements=8, budget=40),
+    Rule(r"21binary_product_kernelI" + TYPES + r"BinaryTileILi(\d)ELi(\d)E", "binary_linear {0}, {1} × 16 outputs, "
+         "{2} × 8 rows", "BMMA", weights=128, columns=3, wide_loads=True, architectures=(80, 90)),
+    Rule(r"23binary_warpgroup_kernelI" + TYPES, "binary_linear by warpgroups {0}", "BGMMA", wide_loads=True,
+         architectures=(90,)),
+    Rule(r"17pack_signs_kernelI" + TYPES + r"Lb(\d)E", "pack_signs {0}, halves apart {1}", wide_loads=True),
+    Rule(r"20quantize_rows_kernelI" + TYPES, "quantize_rows {0}", slow_paths=True),
+    Rule(r"18decode_int8_kernelILi(\d)E", "decode_int8 W{0}"),
+    Rule(r"17scale_sums_kernelI" + TYPES, "scale_sums {0}"),
 ]
 
 
@@ -106,14 +116,15 @@ def _row(rule: Rule, found: re.Match[str] | None, architecture: int, code: list[
          usage: dict[str, int]) -> Row:
     groups = found.groups() if found else ()
     wide = _count(code, "LDG", ".128")
+    native = architecture in rule.architectures
     faults = [f"{n} {what}" for what, n in (
         ("spills to local memory", _count(code, ("LDL", "STL"))),
-        ("calls", 0 if rule.slow_paths else sum(map(_is_call, code))),
+        ("calls", 0 if rule.slow_paths or not native else sum(map(_is_call, code))),
         ("atomics made of loops", _count(code, ("ATOMS.CAS", "ATOMG.E.CAS", "ATOM.E.CAS")))) if n]
     per_weight = None
     body = _main_loop(code, rule.tensor_core) if rule.tensor_core else []
     products = _count(body, rule.tensor_core) if body else 0
-    if rule.tensor_core and not products:
+    if rule.tensor_core and native and not products:
         faults.append(f"no {rule.tensor_core}")
     if rule.wide_loads and not wide:
         faults.append("no 128-bit load")

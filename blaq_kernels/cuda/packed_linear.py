@@ -1,4 +1,5 @@
-"""torch.ops.blaq.packed_linear: input @ weightᵀ + bias, the weight read from fragments."""
+"""torch.ops.blaq.packed_linear: input @ weightᵀ + bias, the weight read from fragments; or, for many
+rows and where 8 bits are precise enough, by an int8 product."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ __all__ = ["packed_linear"]
 MAX_INPUTS, MAX_OUTPUTS = 2**24 - 1, 2**30 - 1
 MAX_ROWS = 64  # beyond them the weight is worth decoding once for more rows than these kernels hold
 DTYPES = (torch.float16, torch.bfloat16)
+INT8_DTYPES = (*DTYPES, torch.float32)
 MOST_CALLS = 4096
-_covered: dict[object, bool] = {}  # calls whose arguments have passed the rules: are they for us?
+_kernels: dict[object, str] = {}  # for calls whose arguments have passed the rules: who serves them
 
 
 def packed_linear(otherwise: Callable[..., Tensor], input: Tensor, qweight: Tensor, scale: Tensor,
@@ -26,35 +28,45 @@ def packed_linear(otherwise: Callable[..., Tensor], input: Tensor, qweight: Tens
     """``input @ weight.T + bias`` with ``weight = round(level × scale)`` to the input's dtype.
 
     Args:
-        otherwise: serves what is not 1 to 64 rows of float16 or bfloat16 and a repacked weight.
+        otherwise: serves the rest of what is 1 to 64 rows of float16 or bfloat16 and a repacked weight,
+            or more rows, also of float32, with accuracy ``fast`` and scales of a tensor or a row.
         input: ``[..., K]``, any layout.
         qweight, scale, bias, levels, group_size: as ``reference.packed_linear`` has them.
         repacked: ``repack(qweight)``, made on this device.
-        accuracy: for CPU kernels; every GPU kernel is exact.
+        accuracy: ``fast`` lets more than 64 rows be rounded to 8 bits, each row in a unit of its own:
+            about 1e-2 off; a row with NaN or Inf becomes NaN. All else is exact.
 
     Returns:
-        ``[..., N]`` of the input's dtype: sums in float32, rounded once.
+        ``[..., N]`` of the input's dtype: sums in float32 (or int32), rounded once.
 
     Raises:
         ValueError: an argument breaks a rule; the message names it.
     """
     args = (input, qweight, scale, bias, levels, group_size, repacked, accuracy)
-    if repacked is None or input.dtype not in DTYPES:
+    if repacked is None and accuracy != "fast" or input.dtype not in INT8_DTYPES:
         return otherwise(*args)
-    key = (_facts(input), _facts(qweight), _facts(scale), None if bias is None else _facts(bias),
-           tuple(levels), group_size, _facts(repacked), accuracy)
-    covered = _covered.get(key)
-    if covered is None:
+    key = (*(None if x is None else _facts(x) for x in (input, qweight, scale, bias, repacked)),
+           tuple(levels), group_size, accuracy)
+    kernel = _kernels.get(key)
+    if kernel is None:
         check_packed_linear(*args)
-        if len(_covered) >= MOST_CALLS:
-            _covered.clear()
-        k, n = input.shape[-1], qweight.shape[1]
-        rows = math.prod(input.shape[:-1])
-        fits = rows <= MAX_ROWS and k <= MAX_INPUTS and n <= MAX_OUTPUTS
-        covered = _covered[key] = fits and cuda.covers(input.device)
-    if not covered:
+        if len(_kernels) >= MOST_CALLS:
+            _kernels.clear()
+        kernel = _kernels[key] = _kernel_for(*args)
+    if not kernel:
         return otherwise(*args)
-    return torch.ops.blaq_cuda.packed_linear.default(*args)
+    return getattr(torch.ops.blaq_cuda, kernel).default(*args)
+
+
+def _kernel_for(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                levels: Sequence[float], group_size: int, repacked: Tensor | None, accuracy: str) -> str:
+    """The op of ``torch.ops.blaq_cuda`` for a call; nothing where there is none."""
+    k, n = input.shape[-1], qweight.shape[1]
+    if k > MAX_INPUTS or n > MAX_OUTPUTS or not cuda.covers(input.device):
+        return ""
+    if math.prod(input.shape[:-1]) <= MAX_ROWS:
+        return "packed_linear" if repacked is not None and input.dtype in DTYPES else ""
+    return "packed_int8" if accuracy == "fast" and group_size <= 0 and k > 0 else ""
 
 
 def _facts(x: Tensor) -> tuple[object, ...]:

@@ -26,9 +26,9 @@ struct BinaryProduct {
   const typename Type::Word* bias;    // [n], or null
   typename Type::Word* out;           // [m, n]
   int64_t m, n, k, group_size;        // a group: whole words
+  int64_t parts = 1;                  // groups of an output
 
   __host__ __device__ int64_t words() const { return (k + 63) / 64; }
-  __host__ __device__ int64_t parts() const { return group_size > 0 ? (k + group_size - 1) / group_size : 1; }
 };
 
 constexpr int kPackThreads = 256;
@@ -134,7 +134,7 @@ BLAQ_DEVICE int64_t output_of(int64_t block0, int i, int e) {
 // Rounded as training rounded the weight.
 template <typename Type>
 BLAQ_DEVICE typename Type::Sum scale_of(const BinaryProduct<Type>& call, int64_t output, int64_t part) {
-  const int64_t at = call.group_size == 0 ? 0 : least(output, call.n - 1) * call.parts() + part;
+  const int64_t at = call.group_size == 0 ? 0 : least(output, call.n - 1) * call.parts + part;
   return Type::read(Type::write(call.scale[at]));
 }
 
@@ -193,7 +193,7 @@ binary_product_kernel(const BinaryProduct<Type> call) {
   using Sum = typename Type::Sum;
   constexpr int kI = Tile::kOutputs, kJ = Tile::kRows, kSteps = Tile::kSteps, kSplit = Tile::kSplit;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const int64_t words = call.words(), blocks = (call.n + 7) / 8, parts = call.parts();
+  const int64_t words = call.words(), blocks = (call.n + 7) / 8;
   const int64_t block0 = int64_t{blockIdx.x} * Tile::kTileOutputs / 8 + (kSplit == 1 ? warp % 2 * 2 * kI : 0);
   const int64_t row0 = int64_t{blockIdx.y} * Tile::kTileRows + (kSplit == 1 ? warp / 2 * 8 * kJ : 0);
 
@@ -217,7 +217,7 @@ binary_product_kernel(const BinaryProduct<Type> call) {
 
   Sum sums[Tile::kGroups ? kI : 1][kJ][4] = {};
   Counts counts;
-  for (int64_t part = 0; part < (Tile::kGroups ? parts : 1); ++part) {
+  for (int64_t part = 0; part < (Tile::kGroups ? call.parts : 1); ++part) {
     const int64_t part_words = Tile::kGroups ? call.group_size / 64 : words;
     const int64_t begin = part * part_words, end = least(begin + part_words, words);
     const int64_t steps = (end - begin + 3) / 4;
@@ -309,8 +309,9 @@ void binary_linear(const typename Type::Word* x, uint64_t* bits, BinaryProduct<T
   if (call.m == 0 || call.n == 0) return;
   pack_signs<Type, false>(x, call.m, call.k, call.words() * 8, bits, stream);
   call.rows = bits;
+  if (call.group_size > 0) call.parts = (call.k + call.group_size - 1) / call.group_size;
   // Few rows: all warps read the weight, which is what there is to read. Many: products bound.
-  if (call.parts() != 1) return launch_binary_product<BinaryTile<2, 2, 1, true>, exclusive>(call, stream);
+  if (call.parts != 1) return launch_binary_product<BinaryTile<2, 2, 1, true>, exclusive>(call, stream);
   if (call.m <= 8) return launch_binary_product<BinaryTile<1, 1, 4, false>, exclusive>(call, stream);
   if (call.m <= 64) return launch_binary_product<BinaryTile<1, 4, 4, false>, exclusive>(call, stream);
   launch_binary_product<BinaryTile<4, 4, 1, false>, exclusive>(call, stream);

@@ -55,7 +55,7 @@ struct Int8Levels {
 template <int bits>
 __global__ void __launch_bounds__(256)
 decode_int8_kernel(const uint8_t* planes, int64_t n, int64_t row_bytes, int64_t k, const Int8Levels levels,
-                   uint4* out, int64_t padded_k, int64_t count) {
+                   uint4* out, int64_t padded_n, int64_t pieces) {
   struct Shared {
     int8_t of_code[16];
   };
@@ -65,30 +65,31 @@ decode_int8_kernel(const uint8_t* planes, int64_t n, int64_t row_bytes, int64_t 
     for (int i = 0; i < 16; ++i) memory.of_code[i] = levels.of_code[i];
   }
   __syncthreads();
-  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
-  if (i >= count) return;
-  const int64_t row = i / (padded_k / 16), begin = i % (padded_k / 16) * 16;
-  uint32_t plane[bits];
+  const int64_t piece = int64_t{blockIdx.x} * 256 + threadIdx.x, begin = piece * 16;
+  if (piece >= pieces) return;
+  for (int64_t row = blockIdx.y; row < padded_n; row += gridDim.y) {
+    uint32_t plane[bits];
 #pragma unroll
-  for (int b = 0; b < bits; ++b) {
-    plane[b] = 0;
-    for (int byte = 0; byte < 2; ++byte) {
-      if (row < n && begin / 8 + byte < row_bytes) {
-        plane[b] |= static_cast<uint32_t>(planes[(b * n + row) * row_bytes + begin / 8 + byte]) << 8 * byte;
+    for (int b = 0; b < bits; ++b) {
+      plane[b] = 0;
+      for (int byte = 0; byte < 2; ++byte) {
+        if (row < n && begin / 8 + byte < row_bytes) {
+          plane[b] |= static_cast<uint32_t>(planes[(b * n + row) * row_bytes + begin / 8 + byte]) << 8 * byte;
+        }
       }
     }
-  }
-  uint32_t four[4] = {};
+    uint32_t four[4] = {};
 #pragma unroll
-  for (int j = 0; j < 16; ++j) {
-    uint32_t code = 0;
+    for (int j = 0; j < 16; ++j) {
+      uint32_t code = 0;
 #pragma unroll
-    for (int b = 0; b < bits; ++b) code |= (plane[b] >> j & 1) << b;
-    if (row < n && begin + j < k) {
-      four[j / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(memory.of_code[code])) << j % 4 * 8;
+      for (int b = 0; b < bits; ++b) code |= (plane[b] >> j & 1) << b;
+      if (row < n && begin + j < k) {
+        four[j / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(memory.of_code[code])) << j % 4 * 8;
+      }
     }
+    out[row * pieces + piece] = make_uint4(four[0], four[1], four[2], four[3]);
   }
-  out[i] = make_uint4(four[0], four[1], four[2], four[3]);
 }
 
 // out [m, n] = sums [m, padded_n] · unit of the row · scale of the output + bias. A thread a number.
@@ -119,14 +120,16 @@ void quantize_rows(const typename Type::Word* x, int64_t m, int64_t k, int64_t p
 inline void decode_int8(const uint8_t* planes, int bits, int64_t n, int64_t row_bytes, int64_t k,
                         const Int8Levels& levels, void* out, int64_t padded_n, int64_t padded_k,
                         Stream stream) {
-  const int64_t count = padded_n * padded_k / 16;
-  if (count == 0) return;
+  const int64_t pieces = padded_k / 16;
+  if (padded_n == 0 || pieces == 0) return;
   const auto kernel = bits == 1   ? decode_int8_kernel<1>
                       : bits == 2 ? decode_int8_kernel<2>
                       : bits == 3 ? decode_int8_kernel<3>
                                   : decode_int8_kernel<4>;
-  launch(kernel, {static_cast<unsigned>((count + 255) / 256), 256}, stream, planes, n, row_bytes, k, levels,
-         static_cast<uint4*>(out), padded_k, count);
+  launch(kernel,
+         {{static_cast<unsigned>((pieces + 255) / 256), static_cast<unsigned>(padded_n < 65535 ? padded_n : 65535)},
+          256},
+         stream, planes, n, row_bytes, k, levels, static_cast<uint4*>(out), padded_n, pieces);
 }
 
 template <typename Type>

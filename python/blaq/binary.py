@@ -88,6 +88,9 @@ class PackedBinaryLinear(BinaryLayer, PackedLinear):
     def _geometry(self) -> tuple[int, int, int]:
         return self.in_features, 1, 1
 
+    def _wants_repacked(self) -> bool:
+        return blaq_kernels.reads_repacked(self.qweight.device, "binary_linear")
+
     def forward(self, input: Tensor) -> Tensor:
         input, bias = self._operands(input, -1, "in_features")
         return torch.ops.blaq.binary_linear.default(input, self.qweight, self.scale, bias,
