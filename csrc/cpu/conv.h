@@ -1,4 +1,5 @@
-// A convolution's geometry, and the way of its pixels between a tensor and kernels that work in floats.
+// A convolution's geometry, and the way of its pixels between a tensor and kernels that work in
+// floats.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +22,8 @@ struct Conv {
 
 // Reads and writes the tensors of one call, whatever their dtype and layout.
 struct ConvTensors {
-  // Pixels [first, last) of a line of an image, as [pixel][group][padded(channels of a group)]; what
-  // pads is left as it is.
+  // Pixels [first, last) of a line of an image, as [pixel][group][padded(channels of a group)];
+  // what pads is left as it is.
   std::function<void(int64_t image, int64_t line, int64_t first, int64_t last, float* out)> load;
   // Results [count][width] of `count` places of an image, the first of which is `place`, to the
   // outputs from n on.

@@ -1,4 +1,5 @@
-// torch.ops.blaq.conv_repack: a convolution's packed weight in the order that packed_conv_int8.cpp reads.
+// torch.ops.blaq.conv_repack: a convolution's packed weight in the order that packed_conv_int8.cpp
+// reads.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/packed_conv_int8.h"

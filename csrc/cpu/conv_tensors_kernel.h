@@ -1,5 +1,5 @@
-// Pixels between a tensor with one plane for each channel and [pixel][channel]; see foreach_isa.h. After
-// convert_kernel.h.
+// Pixels between a tensor with one plane for each channel and [pixel][channel]; see foreach_isa.h.
+// After convert_kernel.h.
 
 #if BLAQ_ISA_AVX512
 template <typename T>
@@ -57,12 +57,14 @@ void from_planes(const T* from, int64_t plane, int64_t channels, int64_t count, 
         x[r] = r < rows ? load_some(from + (c + r) * plane + i, some) : _mm512_setzero_ps();
       }
       transpose(x);
-      for (int j = 0; j < columns; ++j) _mm512_mask_storeu_ps(to + (i + j) * stride + c, lanes, x[j]);
+      for (int j = 0; j < columns; ++j)
+        _mm512_mask_storeu_ps(to + (i + j) * stride + c, lanes, x[j]);
     }
   }
 #endif
   for (; c < channels; ++c) {
-    for (int64_t i = 0; i < count; ++i) to[i * stride + c] = static_cast<float>(from[c * plane + i]);
+    for (int64_t i = 0; i < count; ++i)
+      to[i * stride + c] = static_cast<float>(from[c * plane + i]);
   }
 }
 
@@ -83,7 +85,8 @@ void to_planes(const S* from, int64_t stride, int64_t count, int64_t width, T* t
           x[i] = i < rows ? load_some(from + (r + i) * stride + j, lanes) : _mm512_setzero_ps();
         }
         transpose(x);
-        for (int i = 0; i < columns; ++i) _mm512_mask_storeu_ps(to + (j + i) * plane + r, some, x[i]);
+        for (int i = 0; i < columns; ++i)
+          _mm512_mask_storeu_ps(to + (j + i) * plane + r, some, x[i]);
       }
     }
     for (; r + 4 == count && width % 16 == 0; r += 4) {

@@ -1,5 +1,5 @@
-// A convolution with one input and one output channel a group, channels last, in float; see foreach_isa.h.
-// After lanes.h.
+// A convolution with one input and one output channel a group, channels last, in float; see
+// foreach_isa.h. After lanes.h.
 
 // N registers of channels from `first` on, at one place.
 template <int N>
@@ -32,7 +32,8 @@ inline void depthwise_line(const Depthwise& d, int64_t image, int64_t y) {
   for (int64_t x = 0; x < conv.out_width; ++x, out += channels) {
     const int64_t left = x * conv.stride[1] - conv.padding[1];
     int64_t c = 0;
-    for (; c + 4 * kLanes <= channels; c += 4 * kLanes) depthwise_place<4>(d, from, top, left, c, out);
+    for (; c + 4 * kLanes <= channels; c += 4 * kLanes)
+      depthwise_place<4>(d, from, top, left, c, out);
     for (; c + kLanes <= channels; c += kLanes) depthwise_place<1>(d, from, top, left, c, out);
     for (; c < channels; ++c) {
       float sum = 0;
@@ -41,7 +42,8 @@ inline void depthwise_line(const Depthwise& d, int64_t image, int64_t y) {
         for (int64_t j = 0; j < conv.kernel[1]; ++j) {
           const int64_t column = left + j * conv.dilation[1];
           if (line < 0 || line >= conv.height || column < 0 || column >= conv.width) continue;
-          sum += d.weight[(i * conv.kernel[1] + j) * channels + c] * from[(line * conv.width + column) * channels + c];
+          sum += d.weight[(i * conv.kernel[1] + j) * channels + c] *
+                 from[(line * conv.width + column) * channels + c];
         }
       }
       out[c] = sum;

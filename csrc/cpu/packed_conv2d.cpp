@@ -276,11 +276,12 @@ Tensor packed_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& s
   const bool empty = conv.batch == 0 || outputs == 0;
   const bool single = conv.channels_last && channels == groups && outputs == groups &&
                       input.scalar_type() == ScalarType::Float;
-  // Few channels leave lanes idle, few outputs have nothing to share tables among.
+  // Few channels leave lanes idle, few outputs have nothing to share tables among. The batch has no part
+  // in the choice, so that it has none in a result.
   constexpr int64_t kFewOutputs = 8, kFewChannels = 8, kManyProducts = 1 << 24;
   const bool few = outputs / groups < kFewOutputs ||
                    (conv.group_channels() < kFewChannels &&
-                    conv.batch * conv.places() * outputs * in_features >= kManyProducts);
+                    conv.places() * outputs * in_features >= kManyProducts);
   if (!empty && (wide || (few && !single))) {
     Tensor output = torch::stable::contiguous(
         unpacked_conv2d(dense, qweight, scale, bias, levels, group_size, in_features, conv), layout);

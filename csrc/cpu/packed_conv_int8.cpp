@@ -16,7 +16,7 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                                \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,fma"))), \
     apply_to = function)
 #else
@@ -28,9 +28,9 @@
 namespace blaq {
 namespace {
 
-constexpr int kPlaces = 4;         // of the output that a tile computes
-constexpr int kSegmentWords = 8;   // of 32 channels that share a unit, at most
-constexpr float kLeast = 1e-30f;   // inputs below which a unit would be subnormal
+constexpr int kPlaces = 4;        // of the output that a tile computes
+constexpr int kSegmentWords = 8;  // of 32 channels that share a unit, at most
+constexpr float kLeast = 1e-30f;  // inputs below which a unit would be subnormal
 
 #include "cpu/packed_conv_int8_kernel.h"
 
@@ -42,8 +42,8 @@ struct Call {
   bool relu;
   const ConvTensors& tensors;
   ConvRepacked layout;
-  int64_t words;     // of a group's channels
-  int64_t segments;  // of a group
+  int64_t words;                   // of a group's channels
+  int64_t segments;                // of a group
   std::vector<float> scale, bias;  // of every output
 };
 
@@ -52,7 +52,9 @@ template <typename Way>
 class Band {
  public:
   Band(const Call& call, const Way& way)
-      : call_(call), way_(way), group_bytes_(call.words * 32 * Way::kChannelBytes),
+      : call_(call),
+        way_(way),
+        group_bytes_(call.words * 32 * Way::kChannelBytes),
         group_segments_(call.segments) {
     const Conv& conv = call.conv;
     const int64_t lines_of_tile = (kPlaces - 2) / conv.out_width + 2;
@@ -147,8 +149,8 @@ struct Tap {
 
 // totals[r][16 v + lane] = Σ over taps of the products, without scale.
 template <typename Way, int MR, int NV>
-[[gnu::noinline]] void add_taps(const Way& way, const Call& call, const uint8_t* weights, const std::vector<Tap>& taps,
-              float* totals, int64_t stride) {
+[[gnu::noinline]] void add_taps(const Way& way, const Call& call, const uint8_t* weights,
+                                const std::vector<Tap>& taps, float* totals, int64_t stride) {
   for (int r = 0; r < MR; ++r) std::memset(totals + r * stride, 0, NV * 64);
   const int64_t step = call.layout.tile_bytes(), plane_words = call.layout.words / way.planes;
   const int64_t word_bytes = plane_words / call.words * 64;
@@ -197,10 +199,14 @@ class Tile {
     for (int64_t group = 0; group < conv.groups; ++group) {
       const int64_t output = group * n + first;
       point(group, count);
-      if (count == 4) products<4>(group, begin, end, results);
-      else if (count == 3) products<3>(group, begin, end, results);
-      else if (count == 2) products<2>(group, begin, end, results);
-      else products<1>(group, begin, end, results);
+      if (count == 4)
+        products<4>(group, begin, end, results);
+      else if (count == 3)
+        products<3>(group, begin, end, results);
+      else if (count == 2)
+        products<2>(group, begin, end, results);
+      else
+        products<1>(group, begin, end, results);
       finish(output, count, width, (end - begin) * 16, results);
       for (int r = 0; r < count; ++r) {
         if (bad_[r]) exactly(image, place + r, group, output, width, results + r * width);
@@ -290,14 +296,18 @@ class Tile {
   void exactly(int64_t image, int64_t place, int64_t group, int64_t output, int64_t width,
                float* result) const {
     const Conv& conv = call_.conv;
-    const int64_t channels = conv.group_channels(), stride = padded(call_.weight.k), taps = conv.taps();
+    const int64_t channels = conv.group_channels(), stride = padded(call_.weight.k),
+                  taps = conv.taps();
     std::vector<float> row(stride), pixel(call_.words * 32 * conv.groups);
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t y = place / conv.out_width * conv.stride[0] - conv.padding[0] + tap / conv.kernel[1] * conv.dilation[0];
-      const int64_t x = place % conv.out_width * conv.stride[1] - conv.padding[1] + tap % conv.kernel[1] * conv.dilation[1];
+      const int64_t y = place / conv.out_width * conv.stride[0] - conv.padding[0] +
+                        tap / conv.kernel[1] * conv.dilation[0];
+      const int64_t x = place % conv.out_width * conv.stride[1] - conv.padding[1] +
+                        tap % conv.kernel[1] * conv.dilation[1];
       if (y < 0 || y >= conv.height || x < 0 || x >= conv.width) continue;
       call_.tensors.load(image, y, x, x + 1, pixel.data());
-      for (int64_t c = 0; c < channels; ++c) row[c * taps + tap] = pixel[group * call_.words * 32 + c];
+      for (int64_t c = 0; c < channels; ++c)
+        row[c * taps + tap] = pixel[group * call_.words * 32 + c];
     }
     multiply_rows(call_.weight, {row.data(), stride, 1, output, output + width, result, width});
     for (int64_t i = 0; call_.relu && i < width; ++i) result[i] = result[i] < 0 ? 0 : result[i];
@@ -320,9 +330,11 @@ void run(const Call& call) {
   constexpr int64_t kFewPlaces = 8, kProducts = 1 << 20;  // that a thread is worth waking for
   const int64_t places = conv.batch * conv.places(), tiles = call.layout.tiles;
   const int64_t worth = places * call.weight.n * call.weight.k / kProducts;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(worth, 1));
+  const int64_t threads =
+      std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(worth, 1));
   const int64_t by_place = std::max<int64_t>(1, std::min(threads, places / kFewPlaces));
-  const int64_t by_output = std::max<int64_t>(1, std::min(threads / by_place, tiles / Way::kVectors));
+  const int64_t by_output =
+      std::max<int64_t>(1, std::min(threads / by_place, tiles / Way::kVectors));
   torch::stable::parallel_for(0, by_place * by_output, 1, [&](int64_t from, int64_t to) {
     thread_local Buffer buffer;
     for (int64_t part = from; part < to; ++part) {
@@ -357,9 +369,11 @@ namespace blaq {
 void convolve_int8(const PackedMatrix& weight, const uint8_t* repacked, Accuracy accuracy,
                    const Conv& conv, bool relu, const ConvTensors& tensors) {
   const int64_t words = padded(conv.group_channels()) / 32;
-  Call call{weight, repacked, conv, relu, tensors,
-            ConvRepacked(weight.bits, weight.n, weight.k, conv.taps(), conv.groups), words,
-            (words + kSegmentWords - 1) / kSegmentWords, {}, {}};
+  Call call{weight,  repacked,
+            conv,    relu,
+            tensors, ConvRepacked(weight.bits, weight.n, weight.k, conv.taps(), conv.groups),
+            words,   (words + kSegmentWords - 1) / kSegmentWords,
+            {},      {}};
   call.scale.resize(weight.n + 15);  // a register more than there are
   call.bias.resize(weight.n + 15);
   for (int64_t i = 0; i < weight.n; ++i) {
@@ -387,7 +401,8 @@ bool has_conv_int8(const PackedMatrix& weight, Accuracy accuracy, const Conv& co
 namespace blaq {
 
 bool has_conv_int8(const PackedMatrix&, Accuracy, const Conv&) { return false; }
-void convolve_int8(const PackedMatrix&, const uint8_t*, Accuracy, const Conv&, bool, const ConvTensors&) {}
+void convolve_int8(const PackedMatrix&, const uint8_t*, Accuracy, const Conv&, bool,
+                   const ConvTensors&) {}
 
 }  // namespace blaq
 

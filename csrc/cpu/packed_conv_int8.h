@@ -1,10 +1,10 @@
 // A convolution with a packed weight in 8-bit arithmetic: AVX-512 with VBMI and VNNI only.
 //
-// What an input pixel's channels are for the weights - tables or 8-bit integers, as packed_int8.h has
-// them - is made once for each pixel and serves every tap of the kernel and every output. A thread keeps
-// it for the lines of input that its place in the output needs, so no matrix of patches is ever made.
-// Each pixel has units of its own, one for at most 256 channels: a result depends on the pixels under
-// the kernel alone, and a pixel in the padding adds nothing.
+// What an input pixel's channels are for the weights - tables or 8-bit integers, as packed_int8.h
+// has them - is made once for each pixel and serves every tap of the kernel and every output. A
+// thread keeps it for the lines of input that its place in the output needs, so no matrix of
+// patches is ever made. Each pixel has units of its own, one for at most 256 channels: a result
+// depends on the pixels under the kernel alone, and a pixel in the padding adds nothing.
 #pragma once
 
 #include "cpu/conv.h"
@@ -15,7 +15,8 @@ namespace blaq {
 // Registers for 16 outputs and 32 channels of a tap. A 2-bit weight is a sum of two 1-bit ones.
 inline int64_t conv_words(int bits) { return bits <= 2 ? bits : 4; }
 
-// The weight in the order that convolve_int8 reads: [groups][tiles of 16 outputs][taps][words][64 bytes].
+// The weight in the order that convolve_int8 reads: [groups][tiles of 16 outputs][taps][words][64
+// bytes].
 struct ConvRepacked {
   int64_t groups, tiles, taps, words;  // words: of all channels of a group
 

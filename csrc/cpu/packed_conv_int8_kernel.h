@@ -1,5 +1,5 @@
-// The inner loops of packed_conv_int8.cpp, which includes this file where AVX-512 with VBMI and VNNI may
-// be used. A way says what a pixel is prepared to, and how registers of the weight meet it:
+// The inner loops of packed_conv_int8.cpp, which includes this file where AVX-512 with VBMI and
+// VNNI may be used. A way says what a pixel is prepared to, and how a weight's registers meet it:
 // - kChannelBytes: of a prepared channel; kVectors: of 16 outputs, so that sums stay in registers;
 // - prepare(): a segment of channels, false where it has no unit; correction is what each sum of the
 //   segment is too large by;
@@ -15,8 +15,8 @@ inline bool unit_of(float most, float limit, float* unit, float* inverse) {
   return zero || (most >= kLeast && most <= __FLT_MAX__ / 2);
 }
 
-// 1 and 2 bits: tables of all sums that four channels can make, of signs alone. A 2-bit weight is the sum
-// of two signs with coefficients: ±high = a ± b, ±low = a - (±b).
+// 1 and 2 bits: tables of all sums that four channels can make, of signs alone. A 2-bit weight is
+// the sum of two signs with coefficients: ±high = a ± b, ±low = a - (±b).
 template <int DIGITS>
 struct TableWay {
   static constexpr int kChannelBytes = 4 * DIGITS, kVectors = 4 / DIGITS;
@@ -41,8 +41,9 @@ struct TableWay {
   }
 
   template <int MR, int NV>
-  [[gnu::always_inline]] void add(const uint8_t* weights, int64_t step, const uint8_t* const* pixels,
-                                  int words, const int32_t*, __m512i (&sums)[MR][NV]) const {
+  [[gnu::always_inline]] void add(const uint8_t* weights, int64_t step,
+                                  const uint8_t* const* pixels, int words, const int32_t*,
+                                  __m512i (&sums)[MR][NV]) const {
     const __m512i digit = _mm512_set1_epi8(15), quarter = _mm512_set1_epi32(0x30201000);
     const __m512i ones = _mm512_set1_epi8(1);
     __m512i low[DIGITS == 2 ? MR : 1][NV];
@@ -56,7 +57,8 @@ struct TableWay {
         each<NV>([&](auto v) __attribute__((always_inline)) {
           __m512i digits = _mm512_load_si512(weights + v * step);
           if (half) digits = _mm512_srli_epi32(digits, 4);
-          index[v] = _mm512_ternarylogic_epi32(digits, digit, quarter, 0xEA);  // (digits & digit) | quarter
+          index[v] = _mm512_ternarylogic_epi32(digits, digit, quarter,
+                                               0xEA);  // (digits & digit) | quarter
           settle(index[v]);
         });
         each<MR>([&](auto r) __attribute__((always_inline)) {
@@ -87,8 +89,8 @@ struct TableWay {
   }
 };
 
-// 3 and 4 bits: codes become levels, and are multiplied with channels as integers: both of 8 bits, or
-// WIDE, of 16.
+// 3 and 4 bits: codes become levels, and are multiplied with channels as integers: both of 8 bits,
+// or WIDE, of 16.
 template <bool WIDE>
 struct LevelWay {
   static constexpr int kChannelBytes = WIDE ? 2 : 1, kVectors = 4;
@@ -113,11 +115,13 @@ struct LevelWay {
   }
 
   template <int MR, int NV>
-  [[gnu::always_inline]] void add(const uint8_t* weights, int64_t step, const uint8_t* const* pixels,
-                                  int words, const int32_t* correction, __m512i (&sums)[MR][NV]) const {
+  [[gnu::always_inline]] void add(const uint8_t* weights, int64_t step,
+                                  const uint8_t* const* pixels, int words,
+                                  const int32_t* correction, __m512i (&sums)[MR][NV]) const {
     const __m512i low = _mm512_set1_epi8(15);
-    const __m512i level = WIDE ? _mm512_load_si512(levels.wide)
-                               : _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)levels.level));
+    const __m512i level =
+        WIDE ? _mm512_load_si512(levels.wide)
+             : _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)levels.level));
     each<MR * NV>([&](auto i) __attribute__((always_inline)) {
       sums[i / NV][i % NV] = _mm512_set1_epi32(-correction[i / NV]);
     });
@@ -141,7 +145,8 @@ struct LevelWay {
             const __m512i x = four_bytes(pixels[r] + at);
             each<NV>([&](auto v) __attribute__((always_inline)) {
               __m512i& sum = sums[r][v];
-              sum = WIDE ? _mm512_dpwssd_epi32(sum, value[v], x) : _mm512_dpbusd_epi32(sum, value[v], x);
+              sum = WIDE ? _mm512_dpwssd_epi32(sum, value[v], x)
+                         : _mm512_dpbusd_epi32(sum, value[v], x);
               settle(sum);
             });
           });
