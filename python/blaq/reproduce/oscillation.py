@@ -85,7 +85,7 @@ def run_oscillation(plan: OscillationPlan, budget: str, data: Data, out: Path, *
         found = measure_window(out / job.name, data, plan.steps)
         write_json(out / job.name / WINDOW, {"format": FORMAT, "version": VERSION,
                                              "steps": plan.steps, **found})
-        (out / job.name / CHECKPOINT).unlink()
+        (out / job.name / CHECKPOINT).unlink(missing_ok=True)
     runs, missing = [], []
     for (method, bits, seed), job in jobs.items():
         if not (out / job.name / WINDOW).exists():
@@ -180,14 +180,14 @@ def oscillation_claims(content: Mapping[str, Any], names: Sequence[str]) -> list
                        if (run["method"], run["bits"]) == (method, bits)}
                       for method in ("laq", "blaq")]
             seeds = sorted(values[0].keys() & values[1].keys())
-            claim = f"{bits} bit: BLAQ's {name} is below LAQ's"
-            said = f"{paper[0]:g} and {paper[1]:g}, {paper[0] / paper[1]:.1f} times less"
+            claim = f"{bits} bit{'s' if bits > 1 else ''}: BLAQ's {name} is below LAQ's"
+            said = f"{paper[0]:g} and {paper[1]:g}, a ratio of {paper[1] / paper[0]:.2f}"
             if not seeds:
                 claims.append(Claim(claim, said, "nothing", "not measured"))
                 continue
             laq, blaq = ([value[seed] for seed in seeds] for value in values)
             means = spread(laq).mean, spread(blaq).mean
-            here = (f"{means[0]:.3g} and {means[1]:.3g}, {means[0] / max(means[1], 1e-300):.2f} "
-                    f"times less, {len(seeds)} seeds")
+            here = (f"{means[0]:.3g} and {means[1]:.3g}, a ratio of "
+                    f"{means[1] / max(means[0], 1e-300):.2f}, seeds: {len(seeds)}")
             claims.append(Claim(claim, said, here, verdict(difference(laq, blaq))))
     return claims

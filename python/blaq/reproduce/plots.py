@@ -176,7 +176,6 @@ def spread_figure(content: Mapping[str, Any]) -> Any:
         counts = np.array(run["frequency_histogram"], dtype=float)
         above = counts[::-1].cumsum()[::-1] / counts.sum()
         right.plot(range(len(above)), np.where(above > 0, above, np.nan), **style)
-    left.set_yscale("log")
     right.set_yscale("log")
     finish(left, "Amplitude", "quantile of the weights in %", "(max - min) / 2 in the window")
     finish(right, "Frequency", "code changes in the window, at least (20: or more)",
