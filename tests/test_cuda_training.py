@@ -83,8 +83,7 @@ def test_both_stages_equal_the_reference(turn, cut):
                           make_state(levels, group_size, dtype, SHAPES), levels, group_size)
 
 
-@pytest.mark.parametrize("group_size", [-1, 0])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype,group_size", [*zip(DTYPES, (-1, 0, -1), strict=True)])
 def test_every_dtype(dtype, group_size, cut):
     args = levels_of("pow2", 3), group_size, dtype, "exact", [(3, 1000), (3, 1003)]
     assert_like_reference(both_stages(CUDA, *args), both_stages(REFERENCE, *args),
@@ -122,8 +121,8 @@ def test_state_has_the_bits_of_the_cpu_kernels(a, clip, all_long):
             assert torch.equal(x, y), key
 
 
-@pytest.mark.parametrize("name,bits", [("binary", 1), ("linear", 4)])
-@pytest.mark.parametrize("method", ["alternating", "exact"])
+@pytest.mark.parametrize("name,bits,method", [("binary", 1, "exact"), ("linear", 4, "alternating"),
+                                              ("linear", 4, "exact")])
 def test_the_same_input_gives_the_same_bits(name, bits, method, cut, kernels):  # noqa: F811
     """Also where threads and blocks take turns in another order."""
     args = levels_of(name, bits), 0, torch.bfloat16, method, [(5000,), (3, 1403)]
