@@ -9,7 +9,7 @@ from torch import nn
 
 import blaq
 import blaq_kernels  # noqa: F401
-from blaq.reproduce.toy import HESSIAN, OPTIMUM, loss, train_toy
+from blaq.reproduce.toy import loss, train_toy
 
 ops = torch.ops.blaq
 

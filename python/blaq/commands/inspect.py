@@ -20,7 +20,7 @@ from typing import Any
 from blaq_kernels.schemas import conv_repacked_shape, repacked_bytes
 
 from .._text import size, table
-from ..format import join
+from ..format import PackedSpec, join
 from ..io import PackedFile, inspect
 
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1,
