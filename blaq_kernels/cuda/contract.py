@@ -3,10 +3,11 @@
   python -m blaq_kernels.cuda.contract              # the table, of every architecture that was built
   python -m blaq_kernels.cuda.contract x.cubin ...  # of these instead
 
-Fails where a kernel spills to local memory (LDL, STL), calls a function, makes an atomic of a loop
-(ATOMS.CAST, ATOMG.CAS), misses the tensor-core instruction that it means to use or its 128-bit loads,
-or takes more instructions a weight than its budget. Of a training kernel that is the longest way through
-its loop but for what is rare: slow paths of divisions and roots, elements by themselves, carries. No GPU takes part: nothing here is a time.
+Fails where the main loop of a kernel, or all of one without tensor cores, spills to local memory
+(LDL, STL), where a kernel calls a function, makes an atomic of a loop (ATOMS.CAST, ATOMG.CAS), misses
+the tensor-core instruction that it means to use or its 128-bit loads, or takes more instructions a weight
+than its budget. Of a training kernel that is the longest way through its loop but for what is rare: slow
+paths of divisions and roots, elements by themselves, carries. No GPU takes part: nothing here is a time.
 """
 
 from __future__ import annotations
@@ -117,13 +118,13 @@ def _row(rule: Rule, found: re.Match[str] | None, architecture: int, code: list[
     groups = found.groups() if found else ()
     wide = _count(code, "LDG", ".128")
     native = architecture in rule.architectures
+    body = _main_loop(code, rule.tensor_core) if rule.tensor_core else []
+    products = _count(body, rule.tensor_core) if body else 0
     faults = [f"{n} {what}" for what, n in (
-        ("spills to local memory", _count(code, ("LDL", "STL"))),
+        ("spills to local memory", _count(body or code, ("LDL", "STL"))),
         ("calls", 0 if rule.slow_paths or not native else sum(map(_is_call, code))),
         ("atomics made of loops", _count(code, ("ATOMS.CAS", "ATOMG.E.CAS", "ATOM.E.CAS")))) if n]
     per_weight = None
-    body = _main_loop(code, rule.tensor_core) if rule.tensor_core else []
-    products = _count(body, rule.tensor_core) if body else 0
     if rule.tensor_core and native and not products:
         faults.append(f"no {rule.tensor_core}")
     if rule.wide_loads and not wide:

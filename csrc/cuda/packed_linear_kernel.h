@@ -79,7 +79,7 @@ struct LinearWarp {
   using F = Fragments<bits>;
   using Shape = LinearShape<columns>;
   static constexpr int kTiles = Shape::kTiles;
-  static constexpr int kAhead = bits == 3 ? 1 : columns == 1 ? 4 : columns == 2 ? 3 : 2;  // units
+  static constexpr int kAhead = bits == 3 || columns == 8 ? 1 : columns == 1 ? 4 : 2;  // units
 
   const PackedLinear& p;
   int lane, first_tile, split;
@@ -296,7 +296,7 @@ struct LinearWarp {
 };
 
 template <int bits, typename Type, int columns>
-__global__ void __launch_bounds__(32 * LinearShape<columns>::kWarps, 1)
+__global__ void __launch_bounds__(32 * LinearShape<columns>::kWarps)
     packed_linear_kernel(const __grid_constant__ PackedLinear p) {
   using Warp = LinearWarp<bits, Type, columns>;
   launch_dependents();
