@@ -3,8 +3,8 @@
 LAB (Hou et al., ICLR 2017, section 4): 512 units, one-hot characters in, forget bias 1, output
 layer in full precision; each of the eight matrices (input and hidden, for each gate) is quantized
 with a scale of its own. Sequences of 100 characters from a zero state, 100 at a time; gradients
-clipped to ±5 each, latent weights to ±1; Adam at 0.002, x 0.98 after each epoch from the tenth on. Text split
-80/10/10. Cross-entropy is in nats a character.
+clipped to ±5 each, latent weights to ±1; Adam at 0.002, x 0.98 after each epoch from the tenth
+on. Text split 80/10/10. Cross-entropy is in nats a character.
 
 BLAQ's paper has no such experiment: this is its parent's, and the reported values are LAB's.
 """

@@ -66,7 +66,8 @@ COMPARATORS = tuple(Row(name, f"{name}, {text}", {"method": name}, REPORTED.get(
     ("octav", "4 bits"), ("lsq", "4 bits"), ("ewgs", "4 bits"), ("lotion", "4 bits"),
     ("noise-tempering", "4 bits"), ("saq", "4 bits"), ("lsq-dampened", "4 bits"),
     ("lsq-frozen", "4 bits"), ("dsq", "1 bit"), ("dsq-learned", "1 bit"),
-    ("alq", "4 bits and less"), ("aq", "mixed"), ("dc", "4 bits and pruned"), ("admm-pruning", "pruned")))
+    ("alq", "4 bits and less"), ("aq", "mixed"),
+    ("dc", "4 bits and pruned"), ("admm-pruning", "pruned")))
 """Every other method, at its own width, each with a sweep of its own: in the full budget, or by
 ``--rows``."""
 QUICK = {"width": 0.05, "batch_size": 20}
