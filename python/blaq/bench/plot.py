@@ -88,7 +88,8 @@ def plot_over_batch(path: Path, rows: Sequence[Row], title: str) -> None:
                 axes.plot(*zip(*points, strict=True), label=name, marker="o", markersize=3,
                           color=colours[i % 10], linewidth=2 if own else 1,
                           linestyle="-" if own else "--")
-            axes.set_title(f"{bits} bits, {threads} threads, {cache}", fontsize=8)
+            axes.set_title(f"{bits} bit{'s' * (bits > 1)}, {threads} thread{'s' * (threads > 1)}, "
+                           f"{cache}", fontsize=8)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.grid(alpha=0.3)
