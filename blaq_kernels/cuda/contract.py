@@ -54,8 +54,8 @@ RULES = [
     Rule(r"20packed_linear_kernelILi(\d)ENS_4([FB][pf]16)ELi(\d)E", "packed_linear W{0} {1}, {2} × 8 rows",
          "HMMA", weights=8, columns=3, wide_loads=True,
          logic={"1Fp16": 0.55, "1Bf16": 0.55, "2Bf16": 0.55, "2Fp16": 1.05, "3Fp16": 1.05,
-                "3Bf16": 1.05, "4Fp16": 1.05, "4Bf16": 0.95}),
-    Rule(r"13repack_kernelILi(\d)E", "repack W{0}"),
+                "3Bf16": 1.05, "4Fp16": 1.1, "4Bf16": 1.0}),
+    Rule(r"13repack_kernelILi(\d)E", "repack W{0}", slow_paths=True),
     *(Rule(rf"12update_partsINS_3(F32|B16|F16)ELb{commits}ELb{binary}E",
            f"fused_{('trial', 'step')[commits]}, first pass, {('levels', '1 bit')[binary]}, {{0}}",
            wide_loads=True, elements=8, budget=budget, atomics=0 if binary else 16, slow_paths=True)
@@ -79,7 +79,8 @@ RULES = [
     Rule(r"17pack_signs_kernelI" + TYPES + r"Lb(\d)E", "pack_signs {0}, halves apart {1}", wide_loads=True),
     Rule(r"20quantize_rows_kernelI" + TYPES, "quantize_rows {0}", slow_paths=True),
     Rule(r"18decode_int8_kernelILi(\d)E", "decode_int8 W{0}"),
-    Rule(r"17scale_sums_kernelI" + TYPES, "scale_sums {0}"),
+    Rule(r"17scale_sums_kernelI" + TYPES, "scale_sums {0}",
+         slow_paths=True),  # of its loop's length, before it
 ]
 
 
