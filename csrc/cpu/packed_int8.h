@@ -16,7 +16,8 @@
 
 namespace blaq {
 
-// high: numbers of 16 bits as two digits of 8, relative error below 4e-4. fast: 8 bits, below 1e-2.
+// high: numbers of 16 bits, in tables as two digits of 8; relative error below 4e-4. fast: 8 bits, below
+// 1e-2.
 enum class Accuracy { exact, high, fast };
 
 // Registers for 16 outputs and 32 inputs.
@@ -42,7 +43,8 @@ const Int8Kernels* int8_kernels();
 // Whether that is AVX-512 with VBMI and VNNI.
 bool has_vnni();
 
-// Whether this processor and this weight have the way. High accuracy asks for levels that 8 bits hold.
+// Whether this processor and this weight have the way. High accuracy with 3 and 4 bits asks for levels that
+// are multiples of one number (level_table.h).
 bool has_int8(const PackedMatrix& weight, Accuracy accuracy);
 
 // out[n / 16][k / 32][words][16 lanes] of 32 bits.

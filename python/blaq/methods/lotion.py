@@ -14,7 +14,7 @@ paper's networks have no need of.
 
 Known limits: Adam's moment holds the regularizer's own gradient too, so a large ``strength`` feeds
 itself (100 gave NaN on MNIST, batches of 100); and 2 bits, where the largest weight is the only
-level beside 0, ended at 47 % there, 4 bits at 95.5 %. Not implemented: block scales; floating-point
+level beside 0, learns badly. Not implemented: block scales; floating-point
 grids.
 """
 
