@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from blaq_kernels.codebook import bits_of
-from blaq_kernels.reference import quantize_codes
+from blaq_kernels.codebook import midpoints
+from blaq_kernels.reference import from_groups, to_groups
 
 from .optim import BLAQ
 from .quantization import Quantization, quantization_of
@@ -29,12 +29,18 @@ def _quantized(optimizer: BLAQ) -> Iterator[tuple[Tensor, Tensor, Quantization]]
 
 
 def _rank(latent: Tensor, quantization: Quantization) -> Tensor:
-    """Signed place of each weight's level, int8: larger is a larger value; -8 to 8."""
+    """Signed place of each weight's level, int8: larger is a larger value; -8 to 8. It counts the
+    thresholds between levels that the weight has passed, by training's rule for ties: to the larger
+    magnitude, and sign(0) = +1."""
     levels = quantization.levels
-    codes = quantize_codes(latent, quantization.scale, levels, quantization.group_size)
-    sign_bit = bits_of(levels) - 1
-    place = (codes & ((1 << sign_bit) - 1)).to(torch.int8) + (0 if levels[0] == 0.0 else 1)
-    return torch.where((codes >> sign_bit) == 1, -place, place)
+    w = to_groups(latent, quantization.group_size)
+    alpha = quantization.scale.to(w.dtype).reshape(-1, 1)
+    place = (w >= 0).to(torch.int8).mul_(2).sub_(1) * (levels[0] != 0.0)
+    for mid in midpoints(levels):
+        threshold = alpha * mid
+        place += w >= threshold
+        place -= (w <= -threshold).view(torch.int8)
+    return from_groups(place, latent.shape, quantization.group_size)
 
 
 def flip_ratio(optimizer: BLAQ) -> float:
@@ -74,11 +80,13 @@ class OscillationTracker:
             new = _rank(latent, quantization)
             if param not in self._seen:
                 self._seen[param] = (new, torch.zeros_like(new), torch.zeros_like(latent))
-            rank, direction, frequency = self._seen[param]
-            change = (new - rank).sign()
-            frequency.lerp_((change * direction < 0).float(), self.momentum)
-            direction.copy_(torch.where(change == 0, direction, change))
-            rank.copy_(new)
+            rank, direction, frequency = (seen.view(-1) for seen in self._seen[param])
+            frequency.mul_(1.0 - self.momentum)
+            at = (new.view(-1) != rank).nonzero().view(-1)  # of the weights, one in thousands
+            change = (new.view(-1)[at] - rank[at]).sign()
+            frequency[at] += self.momentum * (change * direction[at] < 0)
+            direction[at] = change
+            rank[at] = new.view(-1)[at]
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """What was seen, for a checkpoint: three tensors a parameter, in the optimizer's order."""
