@@ -5,7 +5,7 @@
 // digits of 4 bits each, as packed_matmul.h makes them. Integers accumulate over a segment of inputs that
 // share a unit, so a result depends on its row and its output alone.
 // - tables (1 and 2 bits): all 16 sums that the inputs of a digit can make, as integers; a look-up for 64
-//   bytes fetches from four tables at once.
+//   bytes fetches from four tables at once. High accuracy has larger tables: packed_int16_kernel.h.
 // - levels (3 and 4 bits): digits become levels, inputs integers, and they are multiplied.
 #pragma once
 
@@ -16,8 +16,8 @@
 
 namespace blaq {
 
-// high: numbers of 16 bits, in tables as two digits of 8; relative error below 4e-4. fast: 8 bits, below
-// 1e-2.
+// high: numbers of 16 bits, in tables of AVX2 and NEON as two digits of 8; relative error below 4e-4. fast: 8
+// bits, below 1e-2.
 enum class Accuracy { exact, high, fast };
 
 // Registers for 16 outputs and 32 inputs.

@@ -4,6 +4,7 @@
 #if BLAQ_ISA_AVX512
 BLAQ_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma,f16c")
 #include "cpu/packed_int8_kernel.h"
+#include "cpu/packed_int16_kernel.h"
 #include "cpu/packed_int8_driver.h"
 static const Int8Kernels kInt8{"AVX-512 VNNI", multiply_packed};
 BLAQ_END_TARGET

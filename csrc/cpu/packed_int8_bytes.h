@@ -144,6 +144,27 @@ template <int WORDS, int DIGITS, int MR, int NV>
   }
 }
 
+template <int WORDS, int DIGITS>
+class Tables {
+ public:
+  static constexpr int kInputBytes = 4 * WORDS * DIGITS;
+  static constexpr int64_t kPrepared = 24 << 10;  // stays in the L1 cache
+  static constexpr float kMost = DIGITS == 1 ? 127.0f : 32700.0f;
+
+  explicit Tables(const float* levels) : coefficients_(levels, WORDS) {}
+  static float largest(const float* x, int count) { return largest_sum<WORDS>(x, count); }
+  void build(const float* x, int words, float inverse, uint8_t* tables) const {
+    build_tables<WORDS, DIGITS>(x, words, inverse, coefficients_, tables);
+  }
+  template <int MR, int NV>
+  static void add(const Block& block) {
+    add_tables<WORDS, DIGITS, MR, NV>(block);
+  }
+
+ private:
+  Coefficients coefficients_;
+};
+
 // Inputs of a segment as integers in the order that digits have them. Returns what the levels' zero adds.
 template <int DIGITS>
 int32_t quantize(const float* x, int words, float inverse, const Levels& levels, uint8_t* out) {

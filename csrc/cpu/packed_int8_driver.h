@@ -4,11 +4,11 @@
 // - Levels: the codebook as integers; levels_of, unit_of; kTwoForms where add_levels has a form for narrow
 //   levels and one for wide ones;
 // - kRowsOfTile, kVectors: the shape of a register block; kSegment: inputs of one unit at most;
-// - largest_sum, largest_input: what must stay within a unit's integers, kMostInput; build_tables, quantize;
-// - add_tables, add_levels: a block's products.
+// - Tables: how many bytes of them an input has, and how many of a tile stay near (kPrepared); the largest sum
+//   that must stay within kMost units; build() and add(), a block's products;
+// - likewise for levels kMostInput, largest_input, quantize, add_levels.
 
-constexpr int64_t kPrepared = 24 << 10;   // bytes of a tile's tables or digits that stay in L1
-constexpr float kLeast = 1e-30f;          // inputs below which a unit would be subnormal
+constexpr float kLeast = 1e-30f;  // inputs below which a unit would be subnormal
 
 // The most inputs that share a unit: a divisor of the group, so that a segment has one scale.
 inline int segment_of(int64_t group_size, int most) {
@@ -31,26 +31,28 @@ struct Prepared {
 template <int WORDS, int DIGITS, bool FORM>
 struct Kernel {
   static constexpr bool kTables = WORDS < 4;
-  static constexpr int kInputBytes = kTables ? 4 * WORDS * DIGITS : DIGITS;  // of a prepared input
+  using TableWay = Tables<kTables ? WORDS : 1, DIGITS>;
+  static constexpr int kInputBytes = kTables ? TableWay::kInputBytes : DIGITS;  // of a prepared input
+  static constexpr int64_t kPrepared = kTables ? TableWay::kPrepared : 24 << 10;
   static constexpr int kRows = kRowsOfTile<WORDS, DIGITS>;
 
   const PackedMatrix& weight;
   const uint8_t* repacked;
   const Levels& levels;
-  const Coefficients coefficients;  // of tables
+  const TableWay tables;
 
   Kernel(const PackedMatrix& weight_, const uint8_t* repacked_, const Levels& levels_)
-      : weight(weight_), repacked(repacked_), levels(levels_), coefficients(weight.levels, kTables ? WORDS : 1) {}
+      : weight(weight_), repacked(repacked_), levels(levels_), tables(weight.levels) {}
 
   // False where the row has no such unit.
   bool prepare(const float* x, int words, int segment_words, uint8_t* data, float* unit,
                int32_t* offset) const {
-    constexpr float kMost = !kTables ? kMostInput<DIGITS> : DIGITS == 1 ? 127.0f : 32700.0f;
+    constexpr float kMost = kTables ? TableWay::kMost : kMostInput<DIGITS>;
     for (int w = 0; w < words; w += segment_words) {
       const int count = std::min(segment_words, words - w);
       float most;
       if constexpr (kTables) {
-        most = largest_sum<WORDS>(x + w * 32, count * 32);
+        most = tables.largest(x + w * 32, count * 32);
       } else {
         most = largest_input<DIGITS>(x + w * 32, count * 32, levels);
       }
@@ -60,7 +62,7 @@ struct Kernel {
       *unit++ = zero ? 0 : most / kMost * (kTables ? 1 : unit_of<DIGITS>(levels));
       uint8_t* to = data + w * 32 * kInputBytes;
       if constexpr (kTables) {
-        build_tables<WORDS, DIGITS>(x + w * 32, count, inverse, coefficients, to);
+        tables.build(x + w * 32, count, inverse, to);
       } else {
         *offset++ = quantize<DIGITS>(x + w * 32, count, inverse, levels, to);
       }
@@ -79,7 +81,7 @@ struct Kernel {
                       segment_words, tile.unit, tile.offset, tile.segments,
                       weight.group_size > 0 ? scale : nullptr, totals, totals_stride};
     if constexpr (kTables) {
-      add_tables<WORDS, DIGITS, MR, NV>(block);
+      TableWay::template add<MR, NV>(block);
     } else {
       add_levels<DIGITS, FORM, MR, NV>(block, levels);
     }

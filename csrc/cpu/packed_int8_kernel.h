@@ -17,13 +17,11 @@ template <int DIGITS>
 constexpr float kMostInput = DIGITS == 1 ? 127.0f : 32700.0f;
 template <int WORDS, int DIGITS>
 constexpr int kRowsOfTile = 4;
-template <int WORDS, int DIGITS>
-constexpr int kSums = DIGITS == 2 && WORDS < 4 ? 8 : 16;  // that stay in registers
 template <int WORDS, int DIGITS, int MR>
-constexpr int kVectors = MR == 1 && DIGITS == 1 ? 8 : std::min(4, kSums<WORDS, DIGITS> / MR);
-// Sums of two inputs in 8 bits are within 1e-2 with fewer.
+constexpr int kVectors = MR == 1 && (DIGITS == 1 || WORDS < 4) ? 8 : 4;
+// Sums of two inputs in 8 bits are within 1e-2 with fewer. Of 16 bits few are needed.
 template <int WORDS, int DIGITS, bool FORM>
-constexpr int kSegment = WORDS == 2 && DIGITS == 1 ? 128 : 256;
+constexpr int kSegment = WORDS == 2 && DIGITS == 1 ? 128 : WORDS < 4 && DIGITS == 2 ? 512 : 256;
 
 // The largest magnitude; NaN where there is one, for its bits are above all others.
 inline __m512i larger(__m512i most, __m512 x) {
@@ -119,14 +117,14 @@ template <int N, class F>
     (f(std::integral_constant<int, I>{}), ...);
   }(std::make_integer_sequence<int, N>{});
 }
-// totals += unit · scale · (256 sum[0] + sum[1] − offset) of segment s.
-template <bool OFFSET, int DIGITS, int MR, int NV>
-[[gnu::always_inline]] inline void add_segment(const Block& block, int64_t s, __m512i (&sums)[DIGITS][MR][NV]) {
+
+// totals += unit · scale · (sum − offset) of segment s.
+template <bool OFFSET, int NV, int MR, int SUMS>
+[[gnu::always_inline]] inline void add_segment(const Block& block, int64_t s, __m512i (&sums)[MR][SUMS]) {
   each<MR>([&](auto r) __attribute__((always_inline)) {
     const __m512 unit = _mm512_set1_ps(block.unit[r * block.segments + s]);
     each<NV>([&](auto v) __attribute__((always_inline)) {
-      __m512i sum = sums[0][r][v];
-      if (DIGITS == 2) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), sums[DIGITS - 1][r][v]);
+      __m512i sum = sums[r][v];
       if (OFFSET) sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(block.offset[r * block.segments + s]));
       const __m512 by = block.scale ? _mm512_mul_ps(unit, _mm512_loadu_ps(block.scale + (s * NV + v) * 16)) : unit;
       float* total = block.totals + r * block.totals_stride + 16 * v;
@@ -135,49 +133,59 @@ template <bool OFFSET, int DIGITS, int MR, int NV>
   });
 }
 
-template <int WORDS, int DIGITS, int MR, int NV>
-[[gnu::noinline]] void add_tables(const Block& block) {
-  const __m512i low = _mm512_set1_epi8(15), quarter = _mm512_set1_epi32(0x30201000);
-  const __m512i ones = _mm512_set1_epi8(1);
-  const uint8_t *weights = block.weights, *tables = block.data;
-  const int64_t step = block.step, stride = block.stride;
-  for (int word = 0, s = 0; word < block.words; word += block.segment_words, ++s) {
-    __m512i sums[DIGITS][MR][NV];
-    each<DIGITS * MR * NV>([&](auto i) __attribute__((always_inline)) {
-      sums[i / (MR * NV)][i / NV % MR][i % NV] = _mm512_setzero_si512();
-    });
-    const int count = std::min(block.segment_words, block.words - word) * WORDS;
-    for (int w = 0; w < count; ++w, weights += 64, tables += 128 * DIGITS) {
-      each<2>([&](auto half) __attribute__((always_inline)) {
-        __m512i index[NV];
-        each<NV>([&](auto v) __attribute__((always_inline)) {
-          __m512i digits = _mm512_load_si512(weights + v * step);
-          if (half) digits = _mm512_srli_epi32(digits, 4);
-          index[v] = _mm512_ternarylogic_epi32(digits, low, quarter, 0xEA);  // (digits & low) | quarter
-          settle(index[v]);
-        });
-        each<MR>([&](auto r) __attribute__((always_inline)) {
-          const uint8_t* table = tables + r * stride + half * 64 * DIGITS;
-          const __m512i high = _mm512_load_si512(table);
+template <int WORDS, int DIGITS>
+class Tables;
+
+// Tables of 8-bit entries: a look-up for 64 bytes fetches from four tables at once.
+template <int WORDS>
+class Tables<WORDS, 1> {
+ public:
+  static constexpr int kInputBytes = 4 * WORDS;
+  static constexpr int64_t kPrepared = 24 << 10;  // stays in the L1 cache
+  static constexpr float kMost = 127;
+
+  explicit Tables(const float* levels) : coefficients_(levels, WORDS) {}
+  static float largest(const float* x, int count) { return largest_sum<WORDS>(x, count); }
+  void build(const float* x, int words, float inverse, uint8_t* tables) const {
+    build_tables<WORDS, 1>(x, words, inverse, coefficients_, tables);
+  }
+
+  template <int MR, int NV>
+  [[gnu::noinline]] static void add(const Block& block) {
+    const __m512i low = _mm512_set1_epi8(15), quarter = _mm512_set1_epi32(0x30201000);
+    const __m512i ones = _mm512_set1_epi8(1);
+    const uint8_t *weights = block.weights, *tables = block.data;
+    const int64_t step = block.step, stride = block.stride;
+    for (int word = 0, s = 0; word < block.words; word += block.segment_words, ++s) {
+      __m512i sums[MR][NV];
+      each<MR * NV>([&](auto i) __attribute__((always_inline)) { sums[i / NV][i % NV] = _mm512_setzero_si512(); });
+      const int count = std::min(block.segment_words, block.words - word) * WORDS;
+      for (int w = 0; w < count; ++w, weights += 64, tables += 128) {
+        each<2>([&](auto half) __attribute__((always_inline)) {
+          __m512i index[NV];
           each<NV>([&](auto v) __attribute__((always_inline)) {
-            __m512i& sum = sums[0][r][v];
-            sum = _mm512_dpbusd_epi32(sum, ones, _mm512_permutexvar_epi8(index[v], high));
-            settle(sum);
+            __m512i digits = _mm512_load_si512(weights + v * step);
+            if (half) digits = _mm512_srli_epi32(digits, 4);
+            index[v] = _mm512_ternarylogic_epi32(digits, low, quarter, 0xEA);  // (digits & low) | quarter
+            settle(index[v]);
           });
-          if constexpr (DIGITS == 2) {
-            const __m512i rest = _mm512_load_si512(table + 64);
+          each<MR>([&](auto r) __attribute__((always_inline)) {
+            const __m512i table = _mm512_load_si512(tables + r * stride + half * 64);
             each<NV>([&](auto v) __attribute__((always_inline)) {
-              __m512i& sum = sums[1][r][v];
-              sum = _mm512_dpbusd_epi32(sum, _mm512_permutexvar_epi8(index[v], rest), ones);
+              __m512i& sum = sums[r][v];
+              sum = _mm512_dpbusd_epi32(sum, ones, _mm512_permutexvar_epi8(index[v], table));
               settle(sum);
             });
-          }
+          });
         });
-      });
+      }
+      add_segment<false, NV>(block, s, sums);
     }
-    add_segment<false>(block, s, sums);
   }
-}
+
+ private:
+  Coefficients coefficients_;
+};
 
 // Inputs of a segment as 8-bit integers, in the order that digits have them: 32 bytes a word. Returns their
 // sum.
@@ -241,8 +249,8 @@ template <int DIGITS, bool FORM, int MR, int NV>
   const uint8_t *weights = block.weights, *inputs = block.data;
   const int64_t step = block.step, stride = block.stride;
   for (int word = 0, s = 0; word < block.words; word += block.segment_words, ++s) {
-    __m512i sums[1][MR][NV];
-    each<MR * NV>([&](auto i) __attribute__((always_inline)) { sums[0][i / NV][i % NV] = _mm512_setzero_si512(); });
+    __m512i sums[MR][NV];
+    each<MR * NV>([&](auto i) __attribute__((always_inline)) { sums[i / NV][i % NV] = _mm512_setzero_si512(); });
     const int count = std::min(block.segment_words, block.words - word);
     for (int w = 0; w < count; ++w, weights += 256, inputs += WIDE ? 64 : 32) {
       each<4>([&](auto p) __attribute__((always_inline)) {
@@ -262,7 +270,7 @@ template <int DIGITS, bool FORM, int MR, int NV>
           each<MR>([&](auto r) __attribute__((always_inline)) {
             const __m512i x = four_bytes(inputs + r * stride + 4 * (WIDE ? 4 * shift + p : 2 * p + shift));
             each<NV>([&](auto v) __attribute__((always_inline)) {
-              __m512i& sum = sums[0][r][v];
+              __m512i& sum = sums[r][v];
               sum = WIDE ? _mm512_dpwssd_epi32(sum, value[v], x) : _mm512_dpbusd_epi32(sum, value[v], x);
               settle(sum);
             });
@@ -270,6 +278,6 @@ template <int DIGITS, bool FORM, int MR, int NV>
         });
       });
     }
-    add_segment<!WIDE>(block, s, sums);
+    add_segment<!WIDE, NV>(block, s, sums);
   }
 }
