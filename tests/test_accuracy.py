@@ -100,13 +100,17 @@ def test_error_is_within_the_budget(book, group_size, accuracy):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("book", CODEBOOKS, ids=str)
 def test_sixteen_bit_inputs_multiply_the_rounded_weight(book, dtype):
-    levels, qweight, scale = make(book, 96, 512, -1)
-    x = torch.randn(4, 512).to(dtype)
-    weight = ref.unpack(qweight, scale, levels, -1, 512, dtype).double()
-    actual = ops.packed_linear(x, qweight, scale, None, levels, -1, ops.repack(qweight), "high")
-    assert actual.dtype == dtype
     epsilon = torch.finfo(dtype).eps / 2  # the result is rounded once
-    assert relative_error(actual, x.double() @ weight.T) <= BUDGET["high"] + epsilon
+    for group_size, factor in ((-1, 1), (0, 1), (0, 0.01), (0, 37)):
+        levels, qweight, scale = make(book, 96, 512, group_size)
+        scale *= factor
+        x = torch.randn(4, 512).to(dtype)
+        weight = ref.unpack(qweight, scale, levels, group_size, 512, dtype).double()
+        for accuracy in ("high", "fast"):
+            actual = ops.packed_linear(x, qweight, scale, None, levels, group_size,
+                                       ops.repack(qweight), accuracy)
+            assert actual.dtype == dtype
+            assert relative_error(actual, x.double() @ weight.T) <= BUDGET[accuracy] + epsilon
 
 
 @needs_int8

@@ -105,12 +105,15 @@ def test_error_is_within_the_budget(book, group_size, layout):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("book", [("binary", 1), ("pow2", 2), ("pow2", 4)], ids=str)
 def test_sixteen_bit_inputs_meet_the_rounded_weight(book, dtype, layout):
-    for conv in CONVS[:3]:
-        convolution = Convolution(book, conv, -1, dtype, layout)
-        actual = convolution("high")
-        assert actual.dtype == dtype
-        epsilon = torch.finfo(dtype).eps / 2  # the result is rounded once
-        assert relative_error(actual, convolution.exact()) <= BUDGET["high"] + epsilon
+    epsilon = torch.finfo(dtype).eps / 2  # the result is rounded once
+    for conv, group_size in zip(CONVS[:4], (-1, 0, -1, 0), strict=True):
+        convolution = Convolution(book, conv, group_size, dtype, layout)
+        convolution.scale *= 37
+        exact = convolution.exact()
+        for accuracy in ("high", "fast"):
+            actual = convolution(accuracy)
+            assert actual.dtype == dtype
+            assert relative_error(actual, exact) <= BUDGET[accuracy] + epsilon
 
 
 @needs_int8

@@ -19,18 +19,27 @@ inline int level_factor(const float* levels, int bits) {
   return factor <= 128 ? factor : 0;
 }
 
+inline float largest_level(const float* levels, int bits) {
+  float most = 0;
+  for (int c = 0; c < 1 << bits; ++c) most = std::max(most, std::fabs(levels[c]));
+  return most;
+}
+
+// The factor that makes the most of 127 where no such factor makes integers.
+inline float nearest_factor(const float* levels, int bits) {
+  return 127 / std::max(largest_level(levels, bits), 0.5f);
+}
+
 // Levels as integers: in 8 bits level + 128, of 0 to 255; in 16 bits as they are, twice.
 struct LevelTable {
   alignas(16) uint8_t level[16];
   alignas(64) int16_t wide[32];
   float unit, wide_unit;
-  bool exact;  // all levels are multiples of wide_unit
 
   LevelTable(const float* levels, int bits) {
     const int codes = 1 << bits;
-    int factor = level_factor(levels, bits);
-    exact = factor != 0;
-    if (!exact) factor = 127;
+    float factor = level_factor(levels, bits);
+    if (factor == 0) factor = nearest_factor(levels, bits);
     wide_unit = 1.0f / factor;
     // 8 bits lack +128: a unit between shares the error among all levels.
     unit = factor == 128 ? 1 / 127.5f : wide_unit;

@@ -49,9 +49,9 @@ const Int8Kernels* int8_kernels() {
 
 bool has_int8(const PackedMatrix& weight, Accuracy accuracy) {
   if (accuracy == Accuracy::exact || weight.round_weight != Rounding::none || !int8_kernels()) return false;
-  // A code that no level has is NaN, which integers do not know.
+  // A code that no level has is NaN, and a 16-bit level may be Inf, which integers do not know.
   const bool whole_book = std::all_of(weight.levels, weight.levels + (1 << weight.bits),
-                                      [](float level) { return level == level; });
+                                      [](float level) { return std::isfinite(level); });
   const bool whole_words = weight.group_size <= 0 || weight.group_size % 32 == 0;
   return whole_words && whole_book &&
          (weight.bits <= 2 || accuracy == Accuracy::fast || level_factor(weight.levels, weight.bits) != 0);

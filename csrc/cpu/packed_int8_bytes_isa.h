@@ -67,11 +67,11 @@ struct Levels {
 
   Levels(const float* levels, int bits, Accuracy accuracy) {
     const bool high = accuracy == Accuracy::high;
-    int factor = level_factor(levels, bits);
+    float factor = level_factor(levels, bits);
     const bool narrow = !high && factor >= 1 && factor <= 15;
-    if (factor == 0) factor = 127;
+    if (factor == 0) factor = nearest_factor(levels, bits);
     wide = high ? factor == 128 : !narrow;
-    zero = narrow ? factor : 128;
+    zero = narrow ? static_cast<int>(factor) : 128;
     // Without the rest the highest level is 127: a unit between shares the error among all levels.
     unit = factor == 128 && !high ? 1 / 127.5f : 1.0f / factor;
     for (int c = 0; c < 16; ++c) {
@@ -235,8 +235,8 @@ struct Levels {
   bool wide;
 
   Levels(const float* levels, int bits, Accuracy accuracy) {
-    int factor = level_factor(levels, bits);
-    if (factor == 0) factor = 127;
+    float factor = level_factor(levels, bits);
+    if (factor == 0) factor = nearest_factor(levels, bits);
     wide = factor == 128 && accuracy == Accuracy::high;
     unit = factor == 128 && !wide ? 1 / 127.5f : 1.0f / factor;
     for (int c = 0; c < 16; ++c) {

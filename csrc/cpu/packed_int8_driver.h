@@ -40,9 +40,11 @@ struct Kernel {
   const uint8_t* repacked;
   const Levels& levels;
   const TableWay tables;
+  const float largest_level;
 
   Kernel(const PackedMatrix& weight_, const uint8_t* repacked_, const Levels& levels_)
-      : weight(weight_), repacked(repacked_), levels(levels_), tables(weight.levels) {}
+      : weight(weight_), repacked(repacked_), levels(levels_), tables(weight.levels),
+        largest_level(::blaq::largest_level(weight.levels, weight.bits)) {}
 
   // False where the row has no such unit.
   bool prepare(const float* x, int words, int segment_words, uint8_t* data, float* unit,
@@ -52,7 +54,7 @@ struct Kernel {
       const int count = std::min(segment_words, words - w);
       float most;
       if constexpr (kTables) {
-        most = tables.largest(x + w * 32, count * 32);
+        most = largest_level * tables.largest(x + w * 32, count * 32);
       } else {
         most = largest_input<DIGITS>(x + w * 32, count * 32, levels);
       }

@@ -1,6 +1,7 @@
 #include "cpu/packed_matmul.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -37,12 +38,29 @@ bool rounds_with_its_scale(const std::vector<double>& levels, Rounding rounding)
   return rounding == Rounding::none || levels.size() == 1 || (rounding == Rounding::bf16 && powers);
 }
 
+// Makes the largest of the levels at least 1/2 and below 1, as integers want them; returns the power of two
+// that they were divided by.
+const float* take_power_of_two(float (&levels)[16]) {
+  constexpr int kLeast = -148, kMost = 127;
+  static const auto powers = [] {
+    std::array<float, kMost - kLeast + 1> table;
+    for (int i = kLeast; i <= kMost; ++i) table[i - kLeast] = std::ldexp(1.0f, i);
+    return table;
+  }();
+  float top = 0;
+  for (float level : levels) top = std::max(top, std::fabs(level));  // NaN is not larger
+  int exponent = 0;
+  if (top > 0 && std::isfinite(top)) std::frexp(top, &exponent);
+  exponent = std::clamp(exponent, kLeast, kMost);
+  for (float& level : levels) level = std::ldexp(level, -exponent);
+  return &powers[exponent - kLeast];
+}
+
 }  // namespace
 
 PackedMatrix packed_matrix(const torch::stable::Tensor& qweight, const torch::stable::Tensor& scale,
                            const std::vector<double>& levels, int64_t group_size,
                            int64_t in_features, ScalarType dtype, int64_t groups) {
-  static const float one = 1.0f;
   const Rounding rounding = dtype == ScalarType::BFloat16 ? Rounding::bf16
                             : dtype == ScalarType::Half   ? Rounding::half
                                                           : Rounding::none;
@@ -59,7 +77,7 @@ PackedMatrix packed_matrix(const torch::stable::Tensor& qweight, const torch::st
     weight.round_scale = rounding;
   } else if (group_size == 0) {
     for (float& level : weight.levels) level = rounded(level * *weight.scale, rounding);
-    weight.scale = &one;
+    weight.scale = take_power_of_two(weight.levels);
   } else {
     weight.round_weight = rounding;
     if (group_size == -1) weight.group_size = std::max<int64_t>(in_features, 1);  // one group a row
