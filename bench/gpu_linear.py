@@ -13,7 +13,7 @@ from torch import Tensor
 import blaq_kernels
 from blaq_kernels import cuda
 from blaq_kernels.codebook import levels_of
-from blaq_kernels.cuda.packed_linear import MAX_ROWS
+from blaq_kernels.cuda.packed_linear import INT8_MAJORS, MAX_ROWS
 
 BATCHES = (1, 16, 64, 256, 1024, 4096)
 SQUARE = ((8192, 8192),)
@@ -62,11 +62,16 @@ def build(case: Case) -> tuple[dict[str, Variant], dict[str, object]]:
     if m <= MAX_ROWS and not cuda.unavailable() and cuda.covers(x.device):
         variants["blaq CUDA C++"] = Variant(cuda_calls(x, weights, levels), packed_bytes + activations,
                                             operations)
+    extra: dict[str, object] = {"error": error, "kernel": kernel_of(m, n, k, levels, x)}
+    if m > MAX_ROWS and not cuda.unavailable() and serves_int8(x.device):
+        calls = int8_calls(x, weights, levels)
+        variants["blaq CUDA C++, 8 bits"] = Variant(calls, packed_bytes + activations, operations)
+        extra["error in 8 bits"] = ((calls[0]()[rows].double() - exact).norm() / exact.norm()).item()
     if bits == 4:
         for name in PEERS:
             if call := peer(name, x, dense[0]):
                 variants[name] = Variant([call], captured=False)
-    return variants, {"error": error, "kernel": kernel_of(m, n, k, levels, x)}
+    return variants, extra
 
 
 def cuda_calls(x: Tensor, weights: list[tuple[Tensor, Tensor]],
@@ -77,6 +82,18 @@ def cuda_calls(x: Tensor, weights: list[tuple[Tensor, Tensor]],
     repacked = [torch.ops.blaq_cuda.repack.default(qweight) for qweight, _ in weights]
     return [lambda w=w, r=r: op(x, w[0], w[1], None, levels, -1, r)
             for w, r in zip(weights, repacked, strict=True)]
+
+
+def serves_int8(device: torch.device) -> bool:
+    return cuda.covers(device) and cuda.major(device) in INT8_MAJORS
+
+
+def int8_calls(x: Tensor, weights: list[tuple[Tensor, Tensor]],
+               levels: Sequence[float]) -> list[Callable[[], Tensor]]:
+    """The product with accuracy ``fast``: inputs rounded, and multiplied by tensor cores."""
+    cuda.load()
+    op = torch.ops.blaq_cuda.packed_int8.default
+    return [lambda w=w: op(x, w[0], w[1], None, levels, -1, None, "fast") for w in weights]
 
 
 def kernel_of(m: int, n: int, k: int, levels: Sequence[float], x: Tensor) -> str:

@@ -57,7 +57,8 @@ def _line(row: Report, own: float | None, copy: float) -> str:
     ratio = f"{row['microseconds'] / own:.2f}×" if own and not mine else ""
     bandwidth = f"{row['bytes'] / seconds / copy:.0%}" if row["bytes"] else ""
     rate = f"{row['operations'] / seconds / 1e12:.1f}" if row["operations"] else ""
-    error = f"{row['error']:.1e}" if mine and "error" in row else ""
+    key = {"blaq": "error", "blaq CUDA C++, 8 bits": "error in 8 bits"}.get(row["variant"])
+    error = f"{row[key]:.1e}" if key in row else ""
     return (f"| {row['case']} | {variant} | {row['microseconds']:.1f} | {ratio} | {bandwidth} | {rate} | "
             f"{error} |")
 

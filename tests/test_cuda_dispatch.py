@@ -87,6 +87,7 @@ def kernels(monkeypatch):
 
     monkeypatch.setattr(torch.ops, "blaq_cuda", Ops, raising=False)
     monkeypatch.setattr(cuda, "covers", lambda device: True)
+    monkeypatch.setattr(cuda, "major", lambda device: 9)
     return calls
 
 
@@ -111,8 +112,18 @@ def test_many_rows_are_rounded_to_8_bits_where_that_is_asked_for(kernels):
             assert call(**meta_call(65, dtype, repacked=repacked, accuracy="high")) == "otherwise"
             few = "packed_linear" if repacked and dtype != torch.float32 else "otherwise"
             assert call(**meta_call(64, dtype, **fast)) == few
-    grouped = {"group_size": 32, "scale": torch.empty(40, 4, device="meta"), "accuracy": "fast"}
-    assert call(**meta_call(65, torch.float16, **grouped)) == "otherwise"
+    for group_size, groups, kernel in ((32, 4, "otherwise"), (128, 1, "packed_int8"), (192, 1, "otherwise")):
+        grouped = {"group_size": group_size, "scale": torch.empty(40, groups, device="meta"), "accuracy": "fast"}
+        assert call(**meta_call(65, torch.float16, **grouped)) == kernel
+
+
+def test_what_integers_cannot_do_goes_elsewhere(kernels, monkeypatch):
+    """Books with codes that have no level, and devices whose int8 rate other instructions have."""
+    fast = {"accuracy": "fast"}
+    assert call(**meta_call(100, torch.float16, bits=3, **fast, levels=(0.25, 0.5, 1.0))) == "otherwise"
+    for major, kernel in ((8, "packed_int8"), (12, "packed_int8"), (10, "otherwise")):
+        monkeypatch.setattr(cuda, "major", lambda device, major=major: major)
+        assert call(**meta_call(101 + major, torch.float16, **fast)) == kernel
 
 
 def test_signs_reach_their_kernel_with_a_weight_in_its_order(kernels):

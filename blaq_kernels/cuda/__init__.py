@@ -61,6 +61,12 @@ def load() -> None:
 
 
 @functools.cache
+def major(device: torch.device) -> int:
+    """Compute capability's first number."""
+    return torch.cuda.get_device_capability(device)[0]
+
+
+@functools.cache
 def covers(device: torch.device) -> bool:
     """Whether the library has code for this device; where it has none, says so once, at INFO."""
     major, minor = torch.cuda.get_device_capability(device)

@@ -44,11 +44,15 @@ class Rule:
     elements: int = 0  # of a thread's turn of the longest loop, whose ordinary way is counted
     budget: float = math.inf  # instructions of that way for each of them
     atomics: int = 0  # additions to shared memory on that way
+    rare: tuple[str, ...] = ()  # opcodes beside the ordinary way through the main loop
+    has: tuple[str, ...] = ()  # opcodes that must be somewhere
     slow_paths: bool = False  # a division or root may call what it needs for extreme numbers
     architectures: tuple[int, ...] = (80, 90, 100, 120)
     """That have the tensor-core instruction; ptxas makes a function of others on the rest."""
 
 
+INT8_LOGIC = {"1": 0.6, "2": 0.7, "3": 0.85, "4": 1.75}
+GROUPED = ("I2F.RP",)  # a division: where sums take their group's scale
 TYPES = r"(?:NS_4|NS_6NarrowINS_4)([FB][pf]\d+)\w*?"
 RULES = [
     Rule(r"20packed_linear_kernelILi(\d)ENS_4([FB][pf]16)ELi(\d)E", "packed_linear W{0} {1}, {2} × 8 rows",
@@ -77,10 +81,13 @@ RULES = [
     Rule(r"23binary_warpgroup_kernelI" + TYPES, "binary_linear by warpgroups {0}", "BGMMA", wide_loads=True,
          architectures=(90,)),
     Rule(r"17pack_signs_kernelI" + TYPES + r"Lb(\d)E", "pack_signs {0}, halves apart {1}", wide_loads=True),
-    Rule(r"20quantize_rows_kernelI" + TYPES, "quantize_rows {0}", slow_paths=True),
-    Rule(r"18decode_int8_kernelILi(\d)E", "decode_int8 W{0}"),
-    Rule(r"17scale_sums_kernelI" + TYPES, "scale_sums {0}",
-         slow_paths=True),  # of its loop's length, before it
+    Rule(r"21int8_warpgroup_kernelILi(\d)E", "packed_linear in 8 bits by warpgroups W{0}", "IGMMA", weights=16,
+         logic=INT8_LOGIC, rare=GROUPED, budget=5, has=("UBLKCP", "SYNCS.PHASECHK.TRANS64.TRYWAIT"),
+         architectures=(90,)),
+    Rule(r"18int8_linear_kernelILi(\d)E", "packed_linear in 8 bits by warps W{0}", "IMMA", weights=2,
+         logic=INT8_LOGIC, rare=GROUPED, budget=9, has=("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4")),
+    Rule(r"17round_rows_kernelI" + TYPES, "round_rows {0}", wide_loads=True, slow_paths=True),
+    Rule(r"17pad_planes_kernel", "pad_planes"),
 ]
 
 
@@ -120,6 +127,8 @@ def _row(rule: Rule, found: re.Match[str] | None, architecture: int, code: list[
     wide = _count(code, "LDG", ".128")
     native = architecture in rule.architectures
     body = _main_loop(code, rule.tensor_core) if rule.tensor_core else []
+    if body and rule.rare:
+        body = sass.longest_way(body, lambda one: one.opcode.startswith(rule.rare))
     products = _count(body, rule.tensor_core) if body else 0
     faults = [f"{n} {what}" for what, n in (
         ("spills to local memory", _count(body or code, ("LDL", "STL"))),
@@ -130,10 +139,13 @@ def _row(rule: Rule, found: re.Match[str] | None, architecture: int, code: list[
         faults.append(f"no {rule.tensor_core}")
     if rule.wide_loads and not wide:
         faults.append("no 128-bit load")
+    faults += [f"no {opcode}" for opcode in rule.has if native and not _count(code, opcode)]
     if products and rule.weights:
-        weights = products * rule.weights / int(groups[rule.columns - 1])
+        weights = products * rule.weights / (int(groups[rule.columns - 1]) if rule.columns else 1)
         per_weight = (_count(body, LOGIC) / weights, _count(body, SHIFTS) / weights,
                       sum(one.opcode != "NOP" for one in body) / weights)
+        if per_weight[2] > rule.budget:
+            faults.append(f"{per_weight[2]:.2f} instructions a weight, budget {rule.budget:g}")
         budget = (rule.logic or {}).get("".join(groups[:2]))
         if budget is not None and per_weight[0] > budget:
             faults.append(f"{per_weight[0]:.2f} logic instructions a weight, budget {budget:g}")

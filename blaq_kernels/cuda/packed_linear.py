@@ -1,5 +1,5 @@
 """torch.ops.blaq.packed_linear: input @ weightᵀ + bias, the weight read from fragments; or, for many
-rows and where 8 bits are precise enough, by an int8 product."""
+rows and where 8 bits are precise enough, from the planes themselves, by integers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ MAX_INPUTS, MAX_OUTPUTS = 2**24 - 1, 2**30 - 1
 MAX_ROWS = 64  # beyond them the weight is worth decoding once for more rows than these kernels hold
 DTYPES = (torch.float16, torch.bfloat16)
 INT8_DTYPES = (*DTYPES, torch.float32)
+INT8_GROUP = 128  # inputs of a chunk, with which sums of a group can end
+INT8_MAJORS = (8, 9, 12)
+"""Compute capabilities whose int8 products have twice the rate of bfloat16's by the instructions that the
+kernels use: mma.sync, on 9.0 wgmma. On 10.0 only tcgen05 has a rate worth it, so Triton serves."""
 MOST_CALLS = 4096
 _kernels: dict[object, str] = {}  # for calls whose arguments have passed the rules: who serves them
 
@@ -29,12 +33,13 @@ def packed_linear(otherwise: Callable[..., Tensor], input: Tensor, qweight: Tens
 
     Args:
         otherwise: serves the rest of what is 1 to 64 rows of float16 or bfloat16 and a repacked weight,
-            or more rows, also of float32, with accuracy ``fast`` and scales of a tensor or a row.
+            or more rows, also of float32, with accuracy ``fast`` and scales of a tensor, a row or a multiple
+            of 128 inputs.
         input: ``[..., K]``, any layout.
         qweight, scale, bias, levels, group_size: as ``reference.packed_linear`` has them.
         repacked: ``repack(qweight)``, made on this device.
-        accuracy: ``fast`` lets more than 64 rows be rounded to 8 bits, each row in a unit of its own:
-            about 1e-2 off; a row with NaN or Inf becomes NaN. All else is exact.
+        accuracy: ``fast`` lets more than 64 rows be rounded to 8 bits, in a unit for each 256 inputs: below
+            1e-2 off on Gaussian inputs; a row with NaN or Inf becomes NaN. All else is exact.
 
     Returns:
         ``[..., N]`` of the input's dtype: sums in float32 (or int32), rounded once.
@@ -66,7 +71,10 @@ def _kernel_for(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | No
         return ""
     if math.prod(input.shape[:-1]) <= MAX_ROWS:
         return "packed_linear" if repacked is not None and input.dtype in DTYPES else ""
-    return "packed_int8" if accuracy == "fast" and group_size <= 0 and k > 0 else ""
+    whole_book = len(levels) == 1 << (qweight.shape[0] - 1)  # a code that no level has is NaN
+    fitting = group_size <= 0 or group_size % INT8_GROUP == 0
+    by_integers = accuracy == "fast" and k > 0 and whole_book and fitting
+    return "packed_int8" if by_integers and cuda.major(input.device) in INT8_MAJORS else ""
 
 
 def _facts(x: Tensor) -> tuple[object, ...]:

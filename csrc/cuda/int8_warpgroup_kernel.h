@@ -1,0 +1,149 @@
+// packed_linear in 8-bit arithmetic on sm_90a: products of warpgroups, whose weights are decoded in
+// registers while the products before them run.
+//
+// A block is two warpgroups, of 64 outputs each, and one, of which a thread is awake, that fetches
+// 128 rows of inputs, one instruction a chunk, into a ring in shared memory that both multiply.
+// Sums of a unit are integers, and go to sums in fp32; meanwhile the other warpgroup multiplies,
+// for they meet at nothing but the ring. A block takes tile after tile, so that the ring fills for
+// the next while sums are stored.
+#pragma once
+
+#include <algorithm>
+
+#include "bulk.h"
+#include "int8_product.h"
+
+namespace blaq {
+
+constexpr int kInt8Stages = 10;
+constexpr int kMultiplying = 256, kInt8Threads = 384;  // the last warpgroup fetches
+
+struct Int8Ring {
+  RowChunk chunks[kInt8Stages];
+  float values[kMultiplying / 32][kStoreFloats];
+  SharedLevels levels;
+  Barrier full[kInt8Stages], empty[kInt8Stages];
+};
+
+// Place in the ring, and the parity of the phase in which it is full.
+struct RingPlace {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  BLAQ_DEVICE void advance() {
+    if (++stage < kInt8Stages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
+template <typename Each>
+BLAQ_DEVICE void for_each_tile(const Int8Product& call, const Each& each) {
+  const unsigned across = call.tiles_across(), tiles = call.tiles();
+  for (unsigned tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    each(int64_t{tile / across}, int64_t{tile % across} * kChunkRows);
+  }
+}
+
+BLAQ_DEVICE void fetch_chunks(const Int8Product& call, Int8Ring& ring) {
+  RingPlace place;
+  for_each_tile(call, [&](int64_t row_tile, int64_t) {
+    const RowChunk* from = call.rows + row_tile * call.chunks;
+    for (int chunk = 0; chunk < call.chunks; ++chunk) {
+      wait_for_phase(ring.empty[place.stage], place.parity ^ 1);  // at first at once
+      arrive_and_expect(ring.full[place.stage], sizeof(RowChunk));
+      bulk_copy(&ring.chunks[place.stage], from + chunk, sizeof(RowChunk), ring.full[place.stage]);
+      place.advance();
+    }
+  });
+}
+
+template <int bits>
+BLAQ_DEVICE void multiply_chunks(const Int8Product& call, Int8Ring& ring) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const LevelBytes levels = ring.levels.get();
+  RingPlace place;
+  for_each_tile(call, [&](int64_t row_tile, int64_t tile_output) {
+    const int64_t output = tile_output + 16 * warp;
+    uint32_t words[2][bits], a[2][4][4];
+    const auto load = [&](int chunk) {
+#pragma unroll
+      for (int o = 0; o < 2; ++o) {
+        load_words<bits>(call.planes, output + lane / 4 + 8 * o, min(chunk, call.chunks - 1),
+                         words[o]);
+      }
+    };
+    const auto decode = [&](uint32_t (&to)[4][4]) {
+#pragma unroll
+      for (int step = 0; step < 4; ++step) decode_fragment<bits>(words, step, levels, to[step]);
+    };
+    float total[16][4] = {};
+    int sum[16][4];
+    load(0);
+    decode(a[0]);
+    load(1);
+    for (int pair = 0; pair < call.chunks; pair += 2) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int chunk = pair + h;
+        const RowChunk& rows = ring.chunks[place.stage];
+        wait_for_phase(ring.full[place.stage], place.parity);
+        begin_products(a[h]);
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          const bool adds = step > 0 || (h == 1 && !ends_each_chunk(call));
+          wgmma_m64n128k32_s8(sum, a[h][step],
+                              MatrixB(rows.bytes[2 * step], sizeof rows.bytes[0], 128), adds);
+        }
+        commit_products();
+        decode(a[1 - h]);
+        load(chunk + 2);
+        wait_for_products<0>(sum);
+        if (h == 1 ? call.group_chunks != 0 : ends_each_chunk(call)) {
+          add_sums<true>(call, sum, rows, 0, output, chunk, total);
+        } else if (h == 1) {
+          add_sums<false>(call, sum, rows, 0, output, chunk, total);
+        }
+        __syncwarp();
+        if (lane == 0) arrive(ring.empty[place.stage]);
+        place.advance();
+      }
+    }
+    store_sums(call, total, row_tile * kChunkRows, output, ring.values[warp]);
+  });
+}
+
+template <int bits>
+__global__ void __launch_bounds__(kInt8Threads, 1)
+    int8_warpgroup_kernel(const __grid_constant__ Int8Product call) {
+#if defined(__CUDACC__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  BLAQ_SM90A("");  // never launched there
+#else
+  Int8Ring& ring = *dynamic_shared<Int8Ring>();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kInt8Stages; ++i) {
+      init_barrier(ring.full[i], 1);
+      init_barrier(ring.empty[i], kMultiplying / 32);
+    }
+    fence_barriers();
+    ring.levels.put(call.levels);
+  }
+  __syncthreads();
+  if (threadIdx.x < kMultiplying) {
+    take_registers<240>();
+    multiply_chunks<bits>(call, ring);
+  } else {
+    give_registers<24>();
+    if (threadIdx.x == kMultiplying) fetch_chunks(call, ring);
+  }
+#endif
+}
+
+template <int bits>
+void launch_by_warpgroups(const Int8Product& call, int multiprocessors, Stream stream) {
+  launch(int8_warpgroup_kernel<bits>,
+         {std::min<unsigned>(call.tiles(), multiprocessors), kInt8Threads, sizeof(Int8Ring)},
+         stream, call);
+}
+
+}  // namespace blaq
