@@ -9,7 +9,7 @@ from step_cases import (  # noqa: F401 (fixtures)
 
 from blaq_kernels import reference as ref
 from blaq_kernels.codebook import levels_of
-from blaq_kernels.triton import plan
+from blaq_kernels.triton import plan, settle
 from blaq_kernels.triton.blend import blend
 from blaq_kernels.triton.fused_step import fused_step
 from blaq_kernels.triton.scaled_update import scaled_update
@@ -33,7 +33,8 @@ def test_long_groups_equal_the_reference(name, bits, group_size, tiny_tiles):
     dtype = DTYPES[(bits + group_size) % 3]
     shapes = [(2, 130), (200,), (64,), (1,), (0, 4)]
     args = levels, group_size, dtype, "alternating", shapes
-    assert_like_reference(both_stages(TRITON, *args), both_stages(REFERENCE, *args), *args[:2])
+    assert_like_reference(*(both_stages(ops, *args, max_iter=1) for ops in (TRITON, REFERENCE)),
+                          *args[:2])
 
 
 @pytest.mark.parametrize("group_size", [-1, 0, 5])
@@ -54,10 +55,37 @@ def test_params_of_several_dtypes_in_one_list():
     assert_like_reference(([], states[0], torch.zeros(1)), ([], states[1], torch.zeros(1)), levels, -1)
 
 
-@pytest.mark.parametrize("shapes", [[(1, 2100)], [(2, 8192)], [(2, 8193)]], ids=str)
-def test_long_rows(shapes):
+@pytest.mark.parametrize("shapes,max_iter", [([(1, 2100)], 5), ([(2, 8192)], 5), ([(2, 8193)], 1)],
+                         ids=str)
+def test_long_rows(shapes, max_iter):
     args = levels_of("pow2", 4), -1, torch.float32, "alternating", shapes
-    assert_like_reference(both_stages(TRITON, *args), both_stages(REFERENCE, *args), *args[:2])
+    assert_like_reference(*(both_stages(ops, *args, max_iter=max_iter) for ops in (TRITON, REFERENCE)),
+                          *args[:2])
+
+
+@pytest.mark.parametrize("name,bits", FEW[1:])
+def test_a_long_group_alternates_in_one_pass(name, bits):
+    """Between the scales that a pass sums at, sums are interpolated: exact where the scale is, and less
+    so the farther it moves."""
+    levels = levels_of(name, bits)
+    end, *states = (make_state(levels, 0, torch.float32, [(20_011,)]) for _ in range(9))
+    ref.fused_step(**end, **tail(levels, 0, max_iter=100), backtrack=scalar(0.6))
+    for moved, tolerance in ((1.0, 1e-6), (1.001, 1e-3), (0.95, 1e-2), (1.4, 5e-2)):
+        pair = states.pop(), states.pop()
+        for op, state in zip((fused_step, ref.fused_step), pair, strict=True):
+            state["scales"][0].copy_(end["scales"][0] * moved)
+            op(**state, **tail(levels, 0), backtrack=scalar(0.6))
+        scale, best = (state["scales"][0] for state in pair)
+        torch.testing.assert_close(scale, best, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("n,name", [(4300, "binary"), (65, "pow2")])
+def test_sums_of_many_chunks(n, name, tiny_tiles):
+    """68 chunks are two runs; whoever adds them up leaves the tickets as they were."""
+    args = levels_of(name, 1 + (name == "pow2")), 0, torch.float32, "alternating", [(n,), (n,)]
+    assert_like_reference(*(both_stages(ops, *args, max_iter=1) for ops in (TRITON, REFERENCE)),
+                          *args[:2])
+    assert all(not tickets.any() for tickets in settle._zeros.values()) and settle._zeros
 
 
 def test_an_empty_list_and_empty_weights():
@@ -70,12 +98,12 @@ def test_an_empty_list_and_empty_weights():
 def test_long_and_short_groups_agree(group_size, monkeypatch):
     """Two ways to the same scales: the tile in registers, and passes over memory."""
     args = levels_of("pow2", 4), group_size, torch.bfloat16, "alternating", [(200,), (2, 130)]
-    short = both_stages(TRITON, *args)
+    short = both_stages(TRITON, *args, max_iter=1)
     monkeypatch.setattr(plan, "TILE_MOST", 16)
     monkeypatch.setattr(plan, "CHUNK", 64)
     monkeypatch.setattr(plan, "PER_WARP", 64)
     forget()
-    assert_like_reference(both_stages(TRITON, *args), short, *args[:2])
+    assert_like_reference(both_stages(TRITON, *args, max_iter=1), short, *args[:2])
     forget()
 
 
@@ -115,7 +143,7 @@ def test_found_inf(found, bits, shapes, tiny_tiles):
             state["grads"][0].view(-1)[3] = float("nan")
         state["params"][0].fill_(7.0)
     before = {key: states[0][key][0].clone() for key in STATE}
-    arguments = tail(levels, 0, found_inf=scalar(found))
+    arguments = tail(levels, 0, found_inf=scalar(found), max_iter=1)
     for (trial_op, step_op), state, count in zip((TRITON, REFERENCE), states, flips, strict=True):
         trial_op(**{k: v for k, v in state.items() if k != "trial_grads"}, **arguments)
         if found:
@@ -135,8 +163,8 @@ def test_found_inf(found, bits, shapes, tiny_tiles):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grad_scale(dtype, shapes, tiny_tiles):
     args = levels_of("pow2", 3), 0, dtype, "alternating", shapes
-    assert_like_reference(both_stages(TRITON, *args, grad_scale=scalar([8.0])),
-                          both_stages(REFERENCE, *args, grad_scale=scalar([8.0])), *args[:2])
+    more = {"grad_scale": scalar([8.0]), "max_iter": 1}
+    assert_like_reference(*(both_stages(ops, *args, **more) for ops in (TRITON, REFERENCE)), *args[:2])
 
 
 @pytest.mark.parametrize("shapes", [[(5, 33)], [(200,)]], ids=["short", "long"])

@@ -26,6 +26,8 @@ class Case:
         tensor_cores: whether HMMA or HGMMA must be there.
         divisible: arguments that are multiples of 16; all pointers and integers, if not given.
         stages: ``num_stages``.
+        ticket: whether instructions are counted up to where programs end that take no last ticket: the
+            rest is for one of 64, and one of a group.
         architectures: compute capabilities that it is launched on.
     """
 
@@ -41,4 +43,5 @@ class Case:
     tensor_cores: bool = False
     divisible: tuple[str, ...] | None = None
     stages: int = field(default=1)
+    ticket: bool = False
     architectures: tuple[int, ...] = (80, 90, 100, 120)

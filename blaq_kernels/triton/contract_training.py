@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from .alternate import ALONE, AROUND
 from .contract_case import Case
 from .histogram import bin_histogram
-from .long_groups import code_long_groups, step_long_groups, sum_long_groups, write_long_groups
+from .long_groups import (
+    code_long_groups,
+    step_long_groups,
+    sum_long_groups,
+    write_long_groups,
+)
 from .plan import CHUNK, PER_WARP, TILE_LEAST
 from .short_groups import solve_short_groups, step_short_groups
 
@@ -20,7 +26,8 @@ SCALARS = {"lr": "*fp32", "step": "*fp32", "grad_scale": None, "found_inf": None
 SCALER = {"grad_scale": "*fp32", "found_inf": "*fp32"}
 HYPER = dict.fromkeys(("beta1", "one_minus_beta1", "log_beta1", "beta2", "one_minus_beta2",
                        "log_beta2", "eps", "weight_decay"), "fp32") | {"clip": None}
-STATE = {"sums": "*fp32", "states": "*fp32", "active": "*i32", "tickets": "*i32"}
+STATE = {"records": "*fp32", "runs": "*fp64", "states": "*fp32", "active": "*i32",
+         "tickets": "*i32"}
 
 
 def contract() -> list[Case]:
@@ -71,35 +78,38 @@ def _solves() -> list[Case]:
 def _long() -> list[Case]:
     tile = {"TILE": CHUNK, "ALIGNED": True}
     found = []
-    for what, book, budget, exact in (("fused_trial", "1 bit", 80, False),
-                                      ("fused_trial", "pow2 4 bits", 100, False),
-                                      ("fused_step", "1 bit", 100, False),
-                                      ("fused_step", "pow2 4 bits", 120, False),
-                                      ("fused_step", "pow2 4 bits", 130, True)):
+    for what, book, budget, exact in (("fused_trial", "1 bit", 60, False),
+                                      ("fused_trial", "pow2 4 bits", 150, False),
+                                      ("fused_step", "1 bit", 80, False),
+                                      ("fused_step", "pow2 4 bits", 180, False),
+                                      ("fused_step", "linear 4 bits", 300, False),
+                                      ("fused_step", "pow2 4 bits", 100, True)):
         commits, several = what == "fused_step", book != "1 bit"
-        memory = {"w_scratch": None if commits else "*fp32", "d_scratch": "*fp32" if several else None,
-                  "code_scratch": "*u8" if several else None}
+        memory = {"w_scratch": None if commits else "*fp32", "d_scratch": "*fp32" if exact else None,
+                  "code_scratch": "*u8" if several and commits else None, "max_iter": "i32",
+                  "active": "*i32" if exact else None}
         found.append(Case(
             f"{what}, long, first pass, {book}, fp32{', exact, grad scaler' if exact else ''}", step_long_groups,
-            TABLE | _stage(commits) | (SCALER if exact else {}) | memory | STATE,
+            TABLE | _stage(commits) | (SCALER if exact else {}) | STATE | memory,
             {"DTYPE": tl.float32, "COMMITS": commits, "BLENDS": commits, "LEVELS": BOOKS[book],
-             "EXACT": exact} | tile, CHUNK, CHUNK // PER_WARP, budget, wide_loads=True))
+             "OCTAVES": AROUND if several and not exact else ALONE, "EXACT": exact} | tile, CHUNK,
+            CHUNK // PER_WARP, budget, wide_loads=True, ticket=True))
     levels = {"LEVELS": BOOKS["pow2 4 bits"]} | tile
     curvature = {"w_scratch": None, "curvature": "*fp32"}
     found += [
         Case("long, alternation, pow2 4 bits", sum_long_groups,
-             TABLE | curvature | STATE | {"init": None}, {"FIRST": False, "EXACT": False} | levels,
-             CHUNK, CHUNK // PER_WARP, 60, wide_loads=True),
+             TABLE | curvature | STATE | {"init": None}, {"FIRST": False, "OCTAVES": ALONE, "EXACT": False} | levels,
+             CHUNK, CHUNK // PER_WARP, 35, wide_loads=True, ticket=True),
         Case("long, first sums of a solve, pow2 4 bits", sum_long_groups,
-             TABLE | curvature | STATE | {"init": "*fp32"}, {"FIRST": True, "EXACT": False} | levels,
-             CHUNK, CHUNK // PER_WARP, 60, wide_loads=True),
+             TABLE | curvature | STATE | {"init": "*fp32"}, {"FIRST": True, "OCTAVES": ALONE, "EXACT": False} | levels,
+             CHUNK, CHUNK // PER_WARP, 35, wide_loads=True, ticket=True),
         Case("long, first sums of an exact solve, pow2 4 bits", sum_long_groups,
-             TABLE | curvature | STATE | {"init": None}, {"FIRST": True, "EXACT": True} | levels,
-             CHUNK, CHUNK // PER_WARP, 70, wide_loads=True),
+             TABLE | curvature | STATE | {"init": None}, {"FIRST": True, "OCTAVES": ALONE, "EXACT": True} | levels,
+             CHUNK, CHUNK // PER_WARP, 35, wide_loads=True, ticket=True),
         Case("long, histogram, pow2 4 bits", bin_histogram,
              TABLE | curvature | {"states": "*fp32", "active": "*i32", "tickets": "*i32",
                                   "bins": "*i64", "suffix": "*fp64"}, {"COPIES": 8} | levels, CHUNK,
-             CHUNK // PER_WARP, 240, wide_loads=True),
+             CHUNK // PER_WARP, 45, wide_loads=True, ticket=True),
         Case("long, codes, pow2 4 bits", code_long_groups,
              TABLE | {"codes": "*u8", "states": "*fp32"}, levels, CHUNK, CHUNK // PER_WARP, 30,
              wide_loads=True)]

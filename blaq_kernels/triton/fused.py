@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import step_lists
 from ..step_lists import Stage, Weights
 from . import launch
+from .alternate import ALONE, AROUND
 from .long_groups import step_long_groups, write_long_groups
 from .plan import Part, parts
 from .settle import Workspace, settle
@@ -66,15 +67,16 @@ def _short(stage: Stage, part: Part) -> launch.Launch:
 def _run_long(stage: Stage, part: Part, table: Tensor, programs: Tensor,
               here: Sequence[Tensor | None]) -> None:
     several = len(stage.levels) > 1
-    work = Workspace.of(part, table.device, several, not stage.commits,
-                        stage.flips is not None and several)
+    searches = stage.exact and several
+    work = Workspace.of(part, table.device, searches, not stage.commits,
+                        stage.flips is not None and several, searches)
     grid, dtype = (programs.numel(),), TYPES[part.dtype]
     tile = {"TILE": part.tile, "ALIGNED": part.aligned, "num_warps": part.warps}
     step_long_groups[grid](
-        table, programs, *here, stage.flips, *_hyper(stage), work.w, work.d, work.codes,
-        *work.sums(), dtype, stage.commits, stage.blends, stage.levels, stage.exact and several,
-        **tile)
-    if several:
-        settle(work, table, programs, stage.levels, stage.exact, stage.max_iter - 1, tile)
+        table, programs, *here, stage.flips, *_hyper(stage), 1 if searches else stage.max_iter,
+        work.w, work.d, work.codes, *work.sums(), dtype, stage.commits, stage.blends, stage.levels,
+        AROUND if several and not searches else ALONE, searches, **tile)
+    if searches:
+        settle(work, table, programs, stage.levels, True, 0, tile)
     write_long_groups[grid](table, programs, here[-1], stage.flips, work.w, work.codes, work.states,
                             dtype, stage.commits, stage.levels, **tile)

@@ -11,6 +11,7 @@ true sums follow: many weights may be equal, as clipping makes them.
 import triton
 import triton.language as tl
 
+from .chunk_sums import last_of
 from .levels import reach
 from .long_groups import (
     ALPHA,
@@ -18,7 +19,6 @@ from .long_groups import (
     STATES,
     STEEPEST,
     chunk_of,
-    last_of_group,
     weights_of,
 )
 from .plan import FIRST_GROUP, LENGTH, number
@@ -62,8 +62,7 @@ def bin_histogram(table, programs, w_scratch, curvature, states, active, tickets
     normal = d * float_of((127 - tl.maximum(tl.minimum(octave, 126), -126)) << 23)
     own = bins + (group.to(tl.int64) * COPIES + chunk % COPIES) * BINS
     tl.atomic_add(own + place, (normal * unit).to(tl.int64), mask=mask, sem="relaxed")
-    if last_of_group(tickets, group, chunks):
-        tl.store(tickets + group, 0)
+    if last_of(tickets + group, chunks):
         own = bins + group.to(tl.int64) * (COPIES * BINS)
         alpha = best_scale(own, suffix + group.to(tl.int64) * (2 * BINS), base, largest,
                            tl.load(state + ALPHA), COPIES, LEVELS)

@@ -1,23 +1,25 @@
 """Long groups: a program takes a chunk; what a group's scale needs is summed over its chunks.
 
-The last program of a group to finish, known by a ticket, adds the chunks' sums in their order, in
-float64, so the same input gives the same bits, and moves the group's scale on. The passes are
+The last program of a group to finish (``chunk_sums.py``) moves the group's scale on. A step is
 
-1. ``step_long_groups``: update, and the sums at the last scale, which is the first alternation;
-2. ``sum_long_groups``, as often as the alternation may go on: programs of a group whose scale has
-   settled end at once, so the number of launches needs no look at the device;
-   or, for the exact scale, ``histogram.py`` and two of these;
+1. ``step_long_groups``: update, and the sums from which the last program has the scale;
+2. for the exact scale of several levels, ``histogram.py`` and two ``sum_long_groups``, which refit
+it;
 3. ``write_long_groups``: params from latents and scales.
-
-Between them the curvature, and in a trial ω*, lie in scratch memory. With one level passes 1 and 3 are
-all: 20 bytes read and 16 written by 1, 4 read and 4 written by 3, a float32 parameter.
+ With one level and by alternation 1 and 3 are all: 20 bytes read and 16 written by 1, 4 read and 4
+written by 3, a float32 parameter. In a trial ω* lies in scratch memory in between, and the
+curvature where 2 reads it. ``solve`` alternates by ``sum_long_groups``, as often as the alternation
+may go on: programs of a group whose scale has settled end at once, so the number of launches needs
+no look at the device.
 """
 
 import triton
 import triton.language as tl
 
 from .adam import advance, everywhere, scalar_of
-from .levels import code_of, floored, nearest, usable, value_of
+from .alternate import alternated, leave_sums
+from .chunk_sums import LANES, MAXIMA, RECORD, last_of_group, of_group
+from .levels import code_of, floored, usable, value_of
 from .plan import (
     COLUMNS,
     EXP_AVG,
@@ -39,9 +41,6 @@ from .plan import (
     first_element,
     number,
 )
-from .scale_rows import TOLERANCE
-
-LANES = tl.constexpr(256)  # sums that the last program adds side by side
 
 # State of a group, in float32: its scale so far, and the largest |w| and d of an exact search.
 ALPHA, LARGEST, STEEPEST = map(tl.constexpr, range(3))
@@ -68,77 +67,34 @@ def chunk_of(table, programs, TILE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def last_of_group(tickets, group, chunks):
-    """Whether every other program of the group has finished: then what they stored can be read.
-
-    One thread takes the ticket. The barrier puts every thread's stores before it, it releases them to
-    the whole GPU and acquires those of the others, and its result reaches the other threads by a barrier
-    again. Sums are read past L1 (``.cg``), which may hold lines from before."""
-    tl.debug_barrier()
-    ticket = tl.atomic_add(tickets + group, 1, sem="acq_rel")
-    return ticket == chunks - 1
-
-
-@triton.jit
-def in_order(sums, chunks):
-    """Sum of a group's chunks, in float64, in an order that does not change."""
-    lane = tl.arange(0, LANES)
-    total = tl.zeros([LANES], tl.float64)
-    first = 0
-    while first < chunks:
-        total += tl.load(sums + lane, mask=lane < chunks, other=0.0, cache_modifier=".cg").to(
-            tl.float64)
-        first, lane = first + LANES, lane + LANES
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def largest_of(values, chunks):
-    lane = tl.arange(0, LANES)
-    most = tl.zeros([LANES], tl.float32)
-    first = 0
-    while first < chunks:
-        most = tl.maximum(most, tl.load(values + lane, mask=lane < chunks, other=0.0,
-                                        cache_modifier=".cg"))
-        first, lane = first + LANES, lane + LANES
-    return tl.max(most, 0)
-
-
-@triton.jit
-def move_scale(a, d, alpha, group, chunk, chunks, sums, states, active, tickets,
-               LEVELS: tl.constexpr, MEASURES: tl.constexpr):
-    """Sums of one chunk with the codes of ``alpha``; the last program refits the group's scale.
-    ``d`` is zero where there is no element. ``MEASURES`` also finds the largest |w| and d."""
-    programs = tl.num_programs(0).to(tl.int64)
-    program = tl.program_id(0)
-    beta = nearest(a, alpha, LEVELS)
-    weighted = d * beta
-    tl.store(sums + program, tl.sum(weighted * a, 0))
-    tl.store(sums + programs + program, tl.sum(weighted * beta, 0))
+def move_scale(a, d, alpha, max_iter, group, chunk, chunks, records, runs, states, active, tickets,
+               LEVELS: tl.constexpr, OCTAVES: tl.constexpr, MEASURES: tl.constexpr):
+    """Leaves the sums of one chunk; the last program moves the group's scale on. ``d`` is zero
+    where there is no element. ``MEASURES`` also finds the largest |w| and d."""
+    leave_sums(records, a, d, alpha, LEVELS, OCTAVES)
     if MEASURES:
-        tl.store(sums + 2 * programs + program, tl.max(tl.where(d > 0.0, a, 0.0), 0))
-        tl.store(sums + 3 * programs + program, tl.max(d, 0))
-    if last_of_group(tickets, group, chunks):
-        mine = sums + program - chunk
-        first, second = in_order(mine, chunks), in_order(mine + programs, chunks)
-        # Every weight on a zero level: α has no say in E; smaller is where E can fall.
-        refit = tl.where(second > 0.0, (first / second).to(tl.float32), alpha * 0.5)
+        maxima = records + tl.program_id(0).to(tl.int64) * RECORD + MAXIMA
+        tl.store(maxima, tl.max(tl.where(d > 0.0, a, 0.0), 0))
+        tl.store(maxima + 1, tl.max(d, 0))
+    if last_of_group(records, runs, tickets, group, chunk, chunks, len(OCTAVES), MEASURES):
+        scale, moves = alternated(runs, chunk, chunks, alpha, max_iter, OCTAVES)
         state = states + group * STATES
-        tl.store(state + ALPHA, refit)
-        tl.store(active + group, (tl.abs(refit - alpha) > alpha * TOLERANCE).to(tl.int32))
-        tl.store(tickets + group, 0)
+        tl.store(state + ALPHA, scale)
+        if active is not None:
+            tl.store(active + group, moves.to(tl.int32))
         if MEASURES:
-            tl.store(state + LARGEST, largest_of(mine + 2 * programs, chunks))
-            tl.store(state + STEEPEST, largest_of(mine + 3 * programs, chunks))
+            lane = tl.arange(0, LANES)
+            tl.store(state + LARGEST + lane, of_group(runs, chunk, chunks, MAXIMA, True),
+                     mask=lane < 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_iter"])
 def step_long_groups(table, programs, lr, step, backtrack, grad_scale, found_inf, flips, beta1,
                      one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps,
-                     weight_decay, clip, w_scratch, d_scratch, code_scratch, sums, states, active,
-                     tickets, DTYPE: tl.constexpr, COMMITS: tl.constexpr, BLENDS: tl.constexpr,
-                     LEVELS: tl.constexpr, EXACT: tl.constexpr, TILE: tl.constexpr,
-                     ALIGNED: tl.constexpr):
+                     weight_decay, clip, max_iter, w_scratch, d_scratch, code_scratch, records, runs,
+                     states, active, tickets, DTYPE: tl.constexpr, COMMITS: tl.constexpr,
+                     BLENDS: tl.constexpr, LEVELS: tl.constexpr, OCTAVES: tl.constexpr,
+                     EXACT: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr):
     """Pass 1, stage 2 where ``COMMITS``, else stage 1. A step that is skipped ends at once, with no
     group active, so the passes between end at once too."""
     if found_inf is not None:
@@ -176,7 +132,7 @@ def step_long_groups(table, programs, lr, step, backtrack, grad_scale, found_inf
         tl.store(exp_avg_sqs + at, v, mask=mask)
     else:
         tl.store(w_scratch + scratch + at, w, mask=mask)
-    if len(LEVELS) > 1:
+    if d_scratch is not None:
         tl.store(d_scratch + scratch + at, d, mask=mask)
     if flips is not None:
         if len(LEVELS) > 1:
@@ -188,8 +144,8 @@ def step_long_groups(table, programs, lr, step, backtrack, grad_scale, found_inf
     if EXACT:
         alpha = tl.zeros_like(alpha)  # the top level of every weight: the weighted mean
     group += number(entry, FIRST_GROUP)
-    move_scale(tl.abs(w), tl.where(mask, floored(d), 0.0), alpha, group, chunk, chunks, sums, states,
-               active, tickets, LEVELS, EXACT)
+    move_scale(tl.abs(w), tl.where(mask, floored(d), 0.0), alpha, max_iter, group, chunk, chunks,
+               records, runs, states, active, tickets, LEVELS, OCTAVES, EXACT)
 
 
 @triton.jit
@@ -199,9 +155,9 @@ def count_flips(flips, entry, changed):
 
 
 @triton.jit
-def sum_long_groups(table, programs, w_scratch, curvature, init, sums, states, active, tickets,
-                    FIRST: tl.constexpr, LEVELS: tl.constexpr, EXACT: tl.constexpr,
-                    TILE: tl.constexpr, ALIGNED: tl.constexpr):
+def sum_long_groups(table, programs, w_scratch, curvature, init, records, runs, states, active,
+                    tickets, FIRST: tl.constexpr, LEVELS: tl.constexpr, OCTAVES: tl.constexpr,
+                    EXACT: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr):
     """Pass 2: one alternation, or one refit of an exact scale. ``FIRST`` begins a solve: from
     ``init``, or from the weighted mean."""
     entry, group, start, mask, chunk, chunks = chunk_of(table, programs, TILE, ALIGNED)
@@ -217,8 +173,8 @@ def sum_long_groups(table, programs, w_scratch, curvature, init, sums, states, a
             return
         alpha = tl.load(states + numbered * STATES + ALPHA)
     a, d = weights_of(entry, start, mask, w_scratch, curvature, TILE, ALIGNED)
-    move_scale(a, d, alpha, numbered, chunk, chunks, sums, states, active, tickets, LEVELS,
-               FIRST and EXACT)
+    move_scale(a, d, alpha, 1, numbered, chunk, chunks, records, runs, states, active, tickets, LEVELS,
+               OCTAVES, FIRST and EXACT)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import triton.language as tl
 from ..reference import matrix_shape
 
 TILE_LEAST, TILE_MOST = 2048, 8192
-CHUNK = 4096  # elements of a long group that one program takes
+CHUNK = 2048  # elements of a long group that one program takes; three programs to a multiprocessor
 PER_WARP = 512  # elements: 16 a thread
 NARROWEST = 16
 

@@ -12,6 +12,7 @@ from ..reference import SCALE_TINY, scale_shape
 from ..schemas import check_solve
 from ..tables import tables
 from . import launch
+from .alternate import ALONE
 from .long_groups import code_long_groups, sum_long_groups
 from .plan import Part, parts
 from .settle import Workspace, settle
@@ -66,11 +67,11 @@ def _solve_long(part: Part, table: Tensor, programs: Tensor, inputs: tuple[Tenso
                 init_scale: Tensor | None, levels: tuple[float, ...], max_iter: int,
                 exact: bool) -> None:
     _, curvature, codes, _ = inputs
-    work = replace(Workspace.of(part, table.device, False, False, False), d=curvature)
+    work = replace(Workspace.of(part, table.device, False, False, False, True), d=curvature)
     grid, tile = (programs.numel(),), {"TILE": part.tile, "ALIGNED": part.aligned,
                                        "num_warps": part.warps}
     sum_long_groups[grid](table, programs, None, curvature, init_scale, *work.sums(), True, levels,
-                          exact, **tile)
+                          ALONE, exact, **tile)
     if len(levels) > 1:
         settle(work, table, programs, levels, exact, max_iter - (init_scale is not None), tile)
     code_long_groups[grid](table, programs, codes, work.states, levels, **tile)
