@@ -105,7 +105,7 @@ def serving(device: str = "cpu") -> dict[str, str]:
 
 def has_int8() -> bool:
     """Whether CPU kernels compute in 8-bit integers here, from a weight that ``repack`` made."""
-    return int8_kernels() != ""
+    return native is not None and native.int8_kernels() != ""
 
 
 def int8_kernels() -> str:

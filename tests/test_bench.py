@@ -324,13 +324,22 @@ def test_sweep_names_the_shapes_where_torch_is_faster(capsys):
     assert command.run(args) == 0
     assert "worst ratio" in capsys.readouterr().out
     case = Case("sweep", (3, 16, 40), bits=1)
-    timings = {"blaq": 2.0, "blaq, fast": 2.0, "F.linear float32": 3.0, "mkldnn float32": 2.5,
-               "int8, dynamic": 1.0}
+    timings = {"blaq": 2.0, "blaq, fast": 4.0, "F.linear float32": 3.0, "mkldnn float32": 2.5,
+               "F.linear bfloat16": 1.0, "int8, dynamic": 1.6}
     result = Result(case, {k: Timing((v,), 1) for k, v in timings.items()}, ())
+    float32, bfloat16, int8 = (f"torch in {kind}" for kind in (
+        "float32", "bfloat16 (rounds them)", "int8 (rounds them)"))
+
+    def line(own, kind, ratio, faster):
+        return (f"{own}, float32 inputs, {kind}: worst ratio {ratio}; torch is faster on {faster} "
+                f"of 1, by more than 5% on {faster}")
+
     assert worst([result]) == [
-        "blaq: torch is faster on 0 of 1; worst ratio 1.25",
-        "blaq, fast: torch is faster on 1 of 1; worst ratio 0.50",
-        "  0.50  sweep 3x16x40 float32 1-bit: int8, dynamic"]
+        line("blaq", float32, "1.25", 0), line("blaq", bfloat16, "0.50", 1),
+        line("blaq", int8, "0.80", 1),
+        line("blaq, fast", float32, "0.62", 1),
+        "  0.62  sweep 3x16x40 float32 1-bit: mkldnn float32",
+        line("blaq, fast", bfloat16, "0.25", 1), line("blaq, fast", int8, "0.40", 1)]
 
 
 def test_command_lists_every_op_and_target(capsys):

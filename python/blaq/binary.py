@@ -13,7 +13,7 @@ import blaq_kernels
 from blaq_kernels.autograd import straight_through
 from blaq_kernels.reference import signs
 
-from .nn import PackedConv2d, PackedLayer, PackedLinear
+from .nn import PackedConv2d, PackedLayer, PackedLinear, run
 
 __all__ = ["BINARY_OF", "BinaryActivation", "PackedBinaryConv2d", "PackedBinaryLinear", "binarize"]
 
@@ -69,8 +69,8 @@ class BinaryLayer(PackedLayer):
         """Inputs of an output, taps and groups."""
         raise NotImplementedError
 
-    def _wants_repacked(self) -> bool:
-        return self.qweight.is_cpu and bool(blaq_kernels.cpu_capabilities())
+    def _wants_repacked(self, qweight: Tensor) -> bool:
+        return qweight.is_cpu and bool(blaq_kernels.cpu_capabilities())
 
     def _repack(self) -> Tensor:
         return torch.ops.blaq.binary_repack.default(self.qweight, *self._geometry())
@@ -88,13 +88,13 @@ class PackedBinaryLinear(BinaryLayer, PackedLinear):
     def _geometry(self) -> tuple[int, int, int]:
         return self.in_features, 1, 1
 
-    def _wants_repacked(self) -> bool:
-        return blaq_kernels.reads_repacked(self.qweight.device, "binary_linear")
+    def _wants_repacked(self, qweight: Tensor) -> bool:
+        return blaq_kernels.reads_repacked(qweight.device, "binary_linear")
 
     def forward(self, input: Tensor) -> Tensor:
         input, bias = self._operands(input, -1, "in_features")
-        return torch.ops.blaq.binary_linear.default(input, self.qweight, self.scale, bias,
-                                                    self.group_size, self.repacked())
+        return run(torch.ops.blaq.binary_linear.default, input, self._buffers["qweight"],
+                   self._buffers["scale"], bias, self.group_size, self.repacked())
 
 
 class PackedBinaryConv2d(BinaryLayer, PackedConv2d):
@@ -117,9 +117,9 @@ class PackedBinaryConv2d(BinaryLayer, PackedConv2d):
                 padding, row, column = (bottom, right), bottom - top, right - left
             else:
                 input = F.pad(input, self._pad_first, mode=self.padding_mode)
-        output = torch.ops.blaq.binary_conv2d.default(
-            input, self.qweight, self.scale, bias, self.group_size, self.kernel_size, self.stride,
-            padding, self.dilation, self.groups, self.repacked())
+        output = run(torch.ops.blaq.binary_conv2d.default, input, self._buffers["qweight"],
+                     self._buffers["scale"], bias, self.group_size, self.kernel_size, self.stride,
+                     padding, self.dilation, self.groups, self.repacked())
         return output[..., row:, column:] if row or column else output
 
 

@@ -18,24 +18,28 @@ import blaq_kernels
 from blaq_kernels.codebook import bits_of, check_levels
 from blaq_kernels.reference import matrix_shape, scale_shape
 
+from . import decoded
 from .accuracy import checked, get_accuracy
+from .decoded import version
 from .encoding import encode
 from .memory import page_out
 from .quantization import Quantization
 
 __all__ = ["PackedConv2d", "PackedLinear"]
 
-FEW_OUTPUTS, MOST_DECODED = 96, 1 << 20
-"""A layer of fewer outputs, and at most so many weights, multiplies by its decoded weight: preparing
-a row of inputs costs more than so few outputs take (2 threads of a Zen 4: F.linear in float32 is 1.1
-to 6 times faster up to 64 outputs, slower from 127 on)."""
-
 P = TypeVar("P", bound="PackedLayer")
 
 
-def _version(tensor: Tensor) -> int:
-    """Counts writes, which tensors made in inference mode do not."""
-    return 0 if tensor.is_inference() else tensor._version
+def run(op: Callable[..., Tensor], input: Tensor, qweight: Tensor, scale: Tensor,
+        bias: Tensor | None, *others: object) -> Tensor:
+    """The op; where no gradient is wanted, past torch's autograd for ops defined in Python, which
+    takes 11 µs to find that out."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or (
+            torch.is_grad_enabled() and (input.requires_grad or scale.requires_grad
+                                         or (bias is not None and bias.requires_grad))):
+        return op(input, qweight, scale, bias, *others)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(input, qweight, scale, bias, *others)
 
 
 class PackedLayer(nn.Module):
@@ -65,6 +69,7 @@ class PackedLayer(nn.Module):
 
     _accuracy: str | None = None
     _repacked: tuple[Tensor, int, Tensor] | None = None  # of which qweight, of which version, and it
+    _kept_decoded: decoded.Decoded | None = None
 
     def __init__(self, weight_shape: Sequence[int], bias: bool, levels: Sequence[float],
                  group_size: int, device: Any, dtype: torch.dtype | None) -> None:
@@ -83,7 +88,8 @@ class PackedLayer(nn.Module):
                                                     device=device))
         self.register_buffer("scale", torch.ones(scale_shape(weight_shape, group_size),
                                                  dtype=torch.float32, device=device))
-        self.bias = nn.Parameter(torch.zeros(n, device=device, dtype=self.dtype)) if bias else None
+        self.register_parameter("bias", nn.Parameter(
+            torch.zeros(n, device=device, dtype=self.dtype)) if bias else None)
 
     @property
     def weight(self) -> Tensor:
@@ -111,31 +117,50 @@ class PackedLayer(nn.Module):
         if torch.compiler.is_compiling():
             kept = None if torch.compiler.is_exporting() else self._repacked
             return None if kept is None else kept[2]
-        qweight = self.qweight
-        if not self._wants_repacked():
+        qweight = self._buffers["qweight"]
+        if not self._wants_repacked(qweight):
             return None
-        version = _version(qweight)
-        kept = self._repacked
-        if kept is None or kept[0] is not qweight or kept[1] != version:
+        now, kept = version(qweight), self._repacked
+        if kept is None or kept[0] is not qweight or kept[1] != now:
             # Two threads may both make it: the same.
-            kept = self._repacked = qweight, version, self._repack()
+            kept = self._repacked = qweight, now, self._repack()
             if qweight is self.mapped:
                 page_out(qweight)
         return kept[2]
 
-    def _wants_repacked(self) -> bool:
-        return self.qweight.is_cpu and self.accuracy != "exact" and blaq_kernels.has_int8()
+    def _wants_repacked(self, qweight: Tensor) -> bool:
+        return qweight.is_cpu and self.accuracy != "exact" and blaq_kernels.has_int8()
 
     def _repack(self) -> Tensor:
         return torch.ops.blaq.repack.default(self.qweight)
 
+    def _decoded(self, dtype: torch.dtype) -> Tensor | None:
+        """``weight`` in a dtype, kept in the place of the repacked one; None where ``scale`` wants a
+        gradient."""
+        qweight, scale = self._buffers["qweight"], self._buffers["scale"]
+        if scale.requires_grad and torch.is_grad_enabled():
+            return None
+        kept = self._kept_decoded
+        if kept is None or not kept.is_of(qweight, scale) or kept.weight.dtype is not dtype:
+            with torch.inference_mode(False), torch.no_grad():  # a graph may save it
+                weight = torch.ops.blaq.unpack.default(
+                    qweight.detach(), scale.detach(), self.levels, self.group_size,
+                    matrix_shape(self.weight_shape)[1], dtype).reshape(self.weight_shape)
+            kept = self._kept_decoded = decoded.Decoded(
+                qweight, scale, (version(qweight), version(scale)), *self._bounds(dtype), weight)
+        return kept.weight
+
+    def _bounds(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Of :class:`blaq.decoded.Decoded`; these are for no input."""
+        return -1, decoded.ALL
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_repacked": None, "mapped": None}
+        return {**self.__dict__, "_repacked": None, "_kept_decoded": None, "mapped": None}
 
     @property
     def bytes_repacked(self) -> int:
         """What the layer keeps in memory now beside its tensors, for its kernels."""
-        return 0 if self._repacked is None else self._repacked[2].nbytes
+        return sum(kept[-1].nbytes for kept in (self._repacked, self._kept_decoded) if kept)
 
     @classmethod
     def like(cls: type[P], layer: nn.Module, levels: Sequence[float], group_size: int,
@@ -175,22 +200,24 @@ class PackedLayer(nn.Module):
         """Input and bias in the dtype to compute in: autocast casts them, as it does for the float
         layers; the weight is decoded to the input's dtype by the op. The size is checked here: the
         op sees only K rounded up to bytes."""
-        size = getattr(self, features)
-        if input.shape[dim] != size:
-            raise ValueError(f"blaq.{type(self).__name__}: input must have {features} = {size} in "
-                             f"dimension {dim}, got shape {list(input.shape)}")
+        if input.shape[dim] != getattr(self, features):
+            raise ValueError(f"blaq.{type(self).__name__}: input must have {features} = "
+                             f"{getattr(self, features)} in dimension {dim}, got shape "
+                             f"{list(input.shape)}")
         if self.folded and self.training:
             raise ValueError(f"blaq.{type(self).__name__}: layer must be in eval mode, for a norm is "
                              "folded into it, got training mode")
-        kind = input.device.type
+        # By the dict: a call this small is mostly Python, and nn.Module finds attributes last.
+        bias = self._parameters["bias"]
+        kind = "cpu" if input.is_cpu else input.device.type
         if not torch.is_autocast_enabled(kind):
-            return input, self.bias
+            return input, bias
         input = input.to(torch.get_autocast_dtype(kind))
-        return input, None if self.bias is None else self.bias.to(input.dtype)
+        return input, None if bias is None else bias.to(input.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         """Keeps ``scale`` wide: a scale rounded to 16 bits would change every weight."""
-        self._repacked = None
+        self._repacked = self._kept_decoded = None
         scale, probe = self.scale, fn(self.scale.new_empty(0, dtype=self.dtype))
         super()._apply(fn, recurse)
         self.dtype = probe.dtype
@@ -241,8 +268,6 @@ class PackedLinear(PackedLayer):
     tensor([[8., 8.]])
     """
 
-    _kept_decoded: tuple[Tensor, Tensor, tuple[int, int], Tensor] | None = None
-
     FLOAT = nn.Linear
     GEOMETRY = ("in_features", "out_features")
 
@@ -254,46 +279,36 @@ class PackedLinear(PackedLayer):
         self.out_features = out_features
 
     def forward(self, input: Tensor) -> Tensor:
+        eager, kept = not torch.compiler.is_compiling(), self._kept_decoded
+        if kept is not None and eager and not self.folded and kept.serves(
+                input, self._buffers["qweight"], self._buffers["scale"]):
+            try:  # at once, for of a call's 5 µs half is Python
+                return F.linear(input, kept.weight, self._parameters["bias"])
+            except RuntimeError:  # of another dtype or size, which what follows sees to
+                pass
         if self.folded and input.dim() != 2:  # a BatchNorm1d takes dimension 1 for the features
             raise ValueError("blaq.PackedLinear: input must have 2 dimensions, for a norm is folded "
                              f"into the layer, got shape {list(input.shape)}")
         input, bias = self._operands(input, -1, "in_features")
-        if self.out_features < FEW_OUTPUTS and self._decodes(input):
-            return F.linear(input, self._decoded(), bias)
-        return torch.ops.blaq.packed_linear.default(
-            input, self.qweight, self.scale, bias, self.levels, self.group_size, self.repacked(),
-            self.accuracy)
+        if (eager and input.is_cpu
+                and decoded.takes_linear(input, self.out_features, self.in_features)):
+            weight = self._decoded(input.dtype)
+            if weight is not None:
+                return decoded.linear(input, weight, bias)
+        return run(torch.ops.blaq.packed_linear.default, input, self._buffers["qweight"],
+                   self._buffers["scale"], bias, self.levels, self.group_size, self.repacked(),
+                   self.accuracy)
 
-    def _wants_repacked(self) -> bool:
-        if not self.qweight.is_cuda:
-            return super()._wants_repacked()
+    def _bounds(self, dtype: torch.dtype) -> tuple[int, int]:
+        if self.qweight.is_inference() or self.scale.is_inference():  # which count no versions
+            return super()._bounds(dtype)
+        return decoded.bounds(dtype, *self.weight_shape)
+
+    def _wants_repacked(self, qweight: Tensor) -> bool:
+        if not qweight.is_cuda:
+            return super()._wants_repacked(qweight)
         narrow = self.dtype.itemsize == 2 or torch.is_autocast_enabled("cuda")
-        return narrow and blaq_kernels.reads_repacked(self.qweight.device)
-
-    def _decodes(self, input: Tensor) -> bool:
-        return (input.is_cpu and input.dtype == torch.float32
-                and self.out_features * self.in_features <= MOST_DECODED
-                and not torch.is_grad_enabled() and not torch.compiler.is_compiling())
-
-    def _decoded(self) -> Tensor:
-        """The weight in float32, kept in the place of the repacked one."""
-        # By the dict: a call this small is mostly Python, and nn.Module finds buffers last.
-        qweight, scale = self._buffers["qweight"], self._buffers["scale"]
-        version = _version(qweight), _version(scale)
-        kept = self._kept_decoded
-        if kept is None or kept[0] is not qweight or kept[1] is not scale or kept[2] != version:
-            weight = torch.ops.blaq.unpack.default(qweight, scale, self.levels, self.group_size,
-                                                   self.in_features, torch.float32)
-            kept = self._kept_decoded = qweight, scale, version, weight
-        return kept[3]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept_decoded": None}
-
-    @property
-    def bytes_repacked(self) -> int:
-        kept = self._kept_decoded
-        return super().bytes_repacked + (0 if kept is None else kept[3].nbytes)
+        return narrow and blaq_kernels.reads_repacked(qweight.device)
 
 
 class PackedConv2d(PackedLayer):
@@ -349,14 +364,14 @@ class PackedConv2d(PackedLayer):
         if self._pad_first is not None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._pad_first, mode=mode)
-        return torch.ops.blaq.packed_conv2d.default(
-            input, self.qweight, self.scale, bias, self.levels, self.group_size, self.kernel_size,
-            self.stride, self._op_padding, self.dilation, self.groups, self.repacked(),
-            self.accuracy, self.relu)
+        return run(torch.ops.blaq.packed_conv2d.default, input, self._buffers["qweight"],
+                   self._buffers["scale"], bias, self.levels, self.group_size, self.kernel_size,
+                   self.stride, self._op_padding, self.dilation, self.groups, self.repacked(),
+                   self.accuracy, self.relu)
 
-    def _wants_repacked(self) -> bool:
+    def _wants_repacked(self, qweight: Tensor) -> bool:
         # Without groups of inputs, the only 8-bit kernels of convolutions are AVX-512's.
-        return super()._wants_repacked() and (
+        return super()._wants_repacked(qweight) and (
             self.group_size > 0 or blaq_kernels.int8_kernels() == "AVX-512 VNNI")
 
     def _repack(self) -> Tensor:
