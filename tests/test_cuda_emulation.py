@@ -119,6 +119,28 @@ def test_mma_of_8_by_8_bits(lib, exclusive):
     assert np.array_equal(actual, np.stack([expected[G, 2 * T], expected[G, 2 * T + 1]], 1))
 
 
+@pytest.mark.parametrize("adds", [0, 1])
+def test_a_warpgroups_product_of_bytes(lib, adds):
+    a, b = words(64, 8), words(128, 8)
+    d = RNG.integers(-1000, 1000, (64, 128)).astype(np.int32)
+    thread = np.arange(128)
+    row, t = thread // 32 * 16 + thread % 32 // 4, thread % 4
+    registers = np.stack([a[row + i % 2 * 8, t + i // 2 * 4] for i in range(4)], 1)
+    place = np.ix_(range(128), range(16), range(4))
+    at = (row[place[0]] + place[2] // 2 * 8, 8 * place[1] + 2 * t[place[0]] + place[2] % 2)
+    actual = np.ascontiguousarray(d[at])
+    lib.warpgroup(registers, np.ascontiguousarray(b.reshape(128, 2, 4).swapaxes(0, 1)), actual, adds)
+    product = a.view(np.int8).astype(np.int32) @ b.view(np.int8).astype(np.int32).T
+    assert np.array_equal(actual, (product + adds * d)[at])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_blocks_of_a_cluster_fetch_for_one_another(lib, order):
+    data, out = guarded(words(64)), np.zeros((2, 64), np.uint32)
+    lib.cluster(data, out, order)
+    assert np.array_equal(out, np.stack([data, data]))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_ldmatrix(lib, count, transposed):
@@ -157,7 +179,8 @@ FAULTS = {0: "divergent barrier: at __syncthreads", 1: "the mask must hold the c
           2: "thread 0 .* waits for ever at __reduce_add_sync", 3: "address must be a multiple of 16",
           4: "wrote behind its dynamic shared memory", 5: "reads or writes outside of memory",
           6: "cp.async that it never waited for", 7: "waits for ever at __syncthreads",
-          8: "thread 0 .* __shfl_sync.*; thread 1 .* __syncwarp"}
+          8: "thread 0 .* __shfl_sync.*; thread 1 .* __syncwarp",
+          11: "waits for ever at wait of a barrier", 12: "bulk_copy: size must be a multiple of 16"}
 
 
 @pytest.mark.parametrize("order", ORDERS)

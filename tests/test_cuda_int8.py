@@ -91,7 +91,7 @@ def test_every_code_at_every_place_decodes(lib, bits):
     assert len(np.unique(codes)) == 2**bits
 
 
-def product(lib, way, x, qweight, scale, bias, levels, group_size, multiprocessors=2):
+def product(lib, way, x, qweight, scale, bias, levels, group_size, multiprocessors=4):
     (m, k), (bits, n, row_bytes) = x.shape, qweight.shape
     planes = guarded(np.full((bits * n, -(-row_bytes // 32) * 32), 0xee, np.uint8))
     lib.pad(array(qweight), bits * n, row_bytes, planes)
@@ -180,7 +180,7 @@ def test_no_order_of_threads_changes_a_result(lib, way):
     results = []
     for order in ORDERS:
         lib.order(order)
-        results.append(product(lib, way, *args, multiprocessors=1 + order % 2))
+        results.append(product(lib, way, *args, multiprocessors=2 + 2 * (order % 2)))
     lib.order(0)
     assert all(torch.equal(results[0], result) for result in results)
 

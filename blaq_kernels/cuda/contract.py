@@ -82,7 +82,7 @@ RULES = [
          architectures=(90,)),
     Rule(r"17pack_signs_kernelI" + TYPES + r"Lb(\d)E", "pack_signs {0}, halves apart {1}", wide_loads=True),
     Rule(r"21int8_warpgroup_kernelILi(\d)E", "packed_linear in 8 bits by warpgroups W{0}", "IGMMA", weights=16,
-         logic=INT8_LOGIC, rare=GROUPED, budget=5, has=("UBLKCP", "SYNCS.PHASECHK.TRANS64.TRYWAIT"),
+         logic=INT8_LOGIC, rare=GROUPED, budget=5, has=("UBLKCP.S.G.MULTICAST", "SYNCS.PHASECHK.TRANS64.TRYWAIT"),
          architectures=(90,)),
     Rule(r"18int8_linear_kernelILi(\d)E", "packed_linear in 8 bits by warps W{0}", "IMMA", weights=2,
          logic=INT8_LOGIC, rare=GROUPED, budget=9, has=("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4")),

@@ -38,6 +38,16 @@ inline std::vector<BulkCopy>& bulk_copies() {  // of this block, on their way
 
 constexpr const char* kBarrierWait = "wait of a barrier in shared memory";
 
+// What is on its way to this barrier; whether there was anything.
+inline bool deliver(Barrier& barrier) {
+  return std::erase_if(bulk_copies(), [&](const BulkCopy& copy) {
+    if (copy.barrier != &barrier) return false;
+    std::memcpy(copy.to, copy.data.data(), copy.data.size());
+    state_of(barrier).bytes -= static_cast<int32_t>(copy.data.size());
+    return true;
+  });
+}
+
 inline void wake_waiting() {  // to look again
   for (Thread& other : machine.threads) {
     if (other.state == Thread::kWaiting && other.place.what == kBarrierWait)
@@ -46,7 +56,6 @@ inline void wake_waiting() {  // to look again
 }
 
 inline void end_phase_if_complete(BarrierState& state) {
-  if (state.pending < 0) fail("more arrivals at a barrier in shared memory than it counts");
   if (state.pending || state.bytes) return;
   state.pending = state.count;
   state.parity ^= 1;
@@ -101,12 +110,27 @@ BLAQ_DEVICE void arrive_and_expect(Barrier& barrier, int bytes) {
 #endif
 }
 
-// Waits for the end of a phase of this parity; not for one after the next.
+// The same at a barrier of another block of the cluster.
+BLAQ_DEVICE void arrive_in_block(Barrier& barrier, int of_cluster) {
+#if defined(__CUDACC__)
+  BLAQ_SM90A(
+      "{ .reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(
+          shared_address(&barrier)),
+      "r"(of_cluster) : "memory");
+#else
+  arrive(*emulate::in_block(&barrier, of_cluster));
+#endif
+}
+
+// Waits for the end of a phase of this parity; not for one after the next. Orders what goes through
+// shared memory, as all does here: wider scopes would empty L1 each time.
 BLAQ_DEVICE void wait_for_phase(Barrier& barrier, uint32_t parity) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile(
-      "{ .reg .pred p;\nwaiting:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra "
-      "waiting; }" ::"r"(shared_address(&barrier)),
+      "{ .reg .pred done;\nwaiting:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra waiting; }" ::"r"(shared_address(&barrier)),
       "r"(parity)
       : "memory");
 #elif defined(__CUDACC__)
@@ -114,18 +138,7 @@ BLAQ_DEVICE void wait_for_phase(Barrier& barrier, uint32_t parity) {
 #else
   emulate::BarrierState& state = emulate::state_of(barrier);
   while (state.parity == static_cast<int8_t>(parity)) {
-    auto& copies = emulate::bulk_copies();
-    const size_t before = copies.size();
-    for (size_t i = 0; i < copies.size();) {
-      if (copies[i].barrier != &barrier) {
-        ++i;
-        continue;
-      }
-      std::memcpy(copies[i].to, copies[i].data.data(), copies[i].data.size());
-      state.bytes -= static_cast<int32_t>(copies[i].data.size());
-      copies.erase(copies.begin() + i);
-    }
-    if (copies.size() != before) {
+    if (emulate::deliver(barrier)) {
       emulate::end_phase_if_complete(state);
     } else {
       emulate::wait({emulate::kBarrierWait, __FILE__, __LINE__});
@@ -134,21 +147,50 @@ BLAQ_DEVICE void wait_for_phase(Barrier& barrier, uint32_t parity) {
 #endif
 }
 
-// Global memory to shared: whole multiples of 16 bytes, of which the barrier's phase has been told.
+// Global memory to the same place in the shared memory of all `blocks` of the cluster: whole
+// multiples of 16 bytes, of which each block's barrier hears.
+template <int blocks>
 BLAQ_DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier& barrier) {
 #if defined(__CUDACC__)
   BLAQ_SM90A(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(&barrier)) : "memory");
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(&barrier)),
+      "h"(static_cast<uint16_t>((1 << blocks) - 1)) : "memory");
 #else
   emulate::check_aligned(to, 16, "bulk_copy");
   emulate::check_aligned(from, 16, "bulk_copy");
   if (bytes % 16) emulate::fail("bulk_copy: size must be a multiple of 16");
   const auto* start = static_cast<const unsigned char*>(from);
-  emulate::bulk_copies().push_back({to, {start, start + bytes}, &barrier});
-  std::memset(to, emulate::kPoison, bytes);
+  for (int block = 0; block < blocks; ++block) {
+    void* there = emulate::in_block(static_cast<unsigned char*>(to), block);
+    emulate::bulk_copies().push_back(
+        {there, {start, start + bytes}, emulate::in_block(&barrier, block)});
+    std::memset(there, emulate::kPoison, bytes);
+  }
   emulate::wake_waiting();
+#endif
+}
+
+BLAQ_DEVICE int number_in_cluster() {
+#if defined(__CUDACC__)
+  int number = 0;
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(number));
+#endif
+  return number;
+#else
+  return emulate::self().of_cluster;
+#endif
+}
+
+// For all threads of all blocks of a cluster: before one touches another's shared memory, and
+// before one ends that another may still touch.
+BLAQ_DEVICE void sync_cluster() {
+#if defined(__CUDACC__)
+  BLAQ_SM90A("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" :: : "memory");
+#else
+  emulate::cluster_barrier({"sync_cluster", __FILE__, __LINE__});
 #endif
 }
 

@@ -1,5 +1,5 @@
 // CUDA's words for a host compiler: a kernel's own source, compiled by g++, runs block by block
-// here.
+// here, and blocks of a cluster side by side.
 //
 // A block's threads are fibers. One runs until it must wait for others (__syncthreads, __syncwarp,
 // a shuffle, an mma) and then another does, in an order that the caller may shuffle: a kernel whose
@@ -61,7 +61,8 @@ namespace blaq {
 
 struct Grid {  // shape of a launch, as in launch.h
   dim3 blocks, threads;
-  size_t shared = 0;  // bytes of dynamic shared memory
+  size_t shared = 0;     // bytes of dynamic shared memory
+  unsigned cluster = 1;  // blocks that run together, side by side in x
 };
 
 namespace emulate {
@@ -90,7 +91,8 @@ struct Copy {  // a cp.async that has not arrived
 };
 
 struct Thread {
-  dim3 index;
+  dim3 index, block;
+  int of_cluster;  // its block's number
   enum { kReady, kWaiting, kDone } state;
   Place place;
   bool started;
@@ -107,15 +109,20 @@ struct Meeting {
   void* out[32];
 };
 
-struct Machine {
-  std::vector<Thread> threads;
-  std::vector<std::vector<Meeting>> meetings;  // of each warp
+struct Block {  // of a cluster
   std::vector<unsigned char> dynamic;
+  int at_barrier = 0;
+  int64_t barrier_sum = 0, barrier_result = 0;
+};
+
+struct Machine {
+  std::vector<Thread> threads;  // of a cluster's blocks, one after another
+  std::vector<Block> blocks;
+  std::vector<std::vector<Meeting>> meetings;  // of each warp
   unsigned char* stacks = nullptr;
   size_t stack_count = 0;
-  int current = 0, at_barrier = 0;
-  int64_t barrier_sum = 0;
-  uint64_t block_number = 0;  // of all blocks ever run: what shared<T>() is as old as
+  int current = 0, at_cluster_barrier = 0;
+  uint64_t block_number = 0;  // of all blocks or clusters ever run: what shared<T>() is as old as
   std::string error;
   jmp_buf scheduler;
   sigjmp_buf fault;
@@ -129,8 +136,10 @@ inline Thread& self() { return machine.threads[machine.current]; }
 inline int lane() { return machine.current % 32; }
 
 inline std::string who(int thread) {
-  return "thread " + std::to_string(thread) + " of block " + std::to_string(blockIdx.x) + "," +
-         std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z);
+  const dim3 block = machine.threads[thread].block;
+  return "thread " + std::to_string(thread % (machine.threads.size() / machine.blocks.size())) +
+         " of block " + std::to_string(block.x) + "," + std::to_string(block.y) + "," +
+         std::to_string(block.z);
 }
 
 inline void to_scheduler() {
@@ -148,26 +157,40 @@ inline void wait(const Place& place) {
   to_scheduler();
 }
 
+inline Block& my_block() { return machine.blocks[self().of_cluster]; }
+
 inline int64_t barrier(const Place& place, int64_t value = 0) {
-  static int64_t result;
+  Block& block = my_block();
+  const int of_cluster = self().of_cluster;
   for (const Thread& other : machine.threads) {
-    if (other.state == Thread::kWaiting && !std::strncmp(other.place.what, "__syncthreads", 13) &&
-        !(other.place == place)) {
+    if (other.of_cluster == of_cluster && other.state == Thread::kWaiting &&
+        !std::strncmp(other.place.what, "__syncthreads", 13) && !(other.place == place)) {
       fail("divergent barrier: at " + place.text() + " while another thread is at " +
            other.place.text());
     }
   }
-  machine.barrier_sum += value;
-  if (++machine.at_barrier < static_cast<int>(machine.threads.size())) {
+  block.barrier_sum += value;
+  if (++block.at_barrier < static_cast<int>(machine.threads.size() / machine.blocks.size())) {
     wait(place);
-    return result;
+    return block.barrier_result;
   }
-  result = machine.barrier_sum;
-  machine.barrier_sum = machine.at_barrier = 0;
+  block.barrier_result = block.barrier_sum;
+  block.barrier_sum = block.at_barrier = 0;
+  for (Thread& other : machine.threads) {
+    if (other.of_cluster == of_cluster && other.state == Thread::kWaiting && other.place == place) {
+      other.state = Thread::kReady;
+    }
+  }
+  return block.barrier_result;
+}
+
+// For all threads of a cluster.
+inline void cluster_barrier(const Place& place) {
+  if (++machine.at_cluster_barrier < static_cast<int>(machine.threads.size())) return wait(place);
+  machine.at_cluster_barrier = 0;
   for (Thread& other : machine.threads) {
     if (other.state == Thread::kWaiting && other.place == place) other.state = Thread::kReady;
   }
-  return result;
 }
 
 // Every lane of `mask` brings an In; the last calls combine(in, out, mask) with all of them, where
@@ -229,6 +252,7 @@ inline void resume(int thread) {
   machine.current = thread;
   Thread& one = machine.threads[thread];
   threadIdx = one.index;
+  blockIdx = one.block;
   if (_setjmp(machine.scheduler)) return;
   if (one.started) _longjmp(one.context, 1);
   one.started = true;
@@ -252,18 +276,38 @@ inline void report_waiting() {
   }
 }
 
-inline void run_block(const Grid& grid) {
+// Shared memory of the running thread's block, or of the `of_cluster`-th of its cluster.
+inline unsigned char* dynamic_shared(int of_cluster) {
+  const auto start = reinterpret_cast<uintptr_t>(machine.blocks[of_cluster].dynamic.data());
+  return reinterpret_cast<unsigned char*>((start + 15) & ~uintptr_t{15});
+}
+inline unsigned char* dynamic_shared() { return dynamic_shared(self().of_cluster); }
+
+// The same place in another block's shared memory.
+template <typename T>
+T* in_block(T* mine, int of_cluster) {
+  return reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(mine) - dynamic_shared() +
+                              dynamic_shared(of_cluster));
+}
+
+// The `number`-th cluster; most are of one block.
+inline void run_cluster(const Grid& grid, int number) {
   Machine& m = machine;
-  const int count = grid.threads.x * grid.threads.y * grid.threads.z;
+  const int of_block = grid.threads.x * grid.threads.y * grid.threads.z;
+  const int count = of_block * grid.cluster;
   m.threads.assign(count, Thread{});
   m.meetings.assign(count / 32, {});
-  m.dynamic.assign(grid.shared + kGuard + 16, kPoison);
-  m.at_barrier = 0;
-  m.barrier_sum = 0;
+  m.blocks.assign(grid.cluster, {});
+  for (Block& block : m.blocks) block.dynamic.assign(grid.shared + kGuard + 16, kPoison);
+  m.at_cluster_barrier = 0;
   ++m.block_number;
   for (int i = 0; i < count; ++i) {
-    const unsigned x = grid.threads.x, y = grid.threads.y;
-    m.threads[i].index = dim3(i % x, i / x % y, i / (x * y));
+    const unsigned x = grid.threads.x, y = grid.threads.y, thread = i % of_block;
+    const unsigned block = number * grid.cluster + i / of_block;
+    m.threads[i].index = dim3(thread % x, thread / x % y, thread / (x * y));
+    m.threads[i].block = dim3(block % grid.blocks.x, block / grid.blocks.x % grid.blocks.y,
+                              block / (grid.blocks.x * grid.blocks.y));
+    m.threads[i].of_cluster = i / of_block;
   }
   const std::vector<int> order = permutation(count);
   for (bool ran = true; ran;) {
@@ -278,15 +322,14 @@ inline void run_block(const Grid& grid) {
   report_waiting();
 }
 
-inline unsigned char* dynamic_shared() {
-  const auto start = reinterpret_cast<uintptr_t>(machine.dynamic.data());
-  return reinterpret_cast<unsigned char*>((start + 15) & ~uintptr_t{15});
-}
-
 inline void run(const Grid& grid, std::function<void()> body) {
   Machine& m = machine;
-  const size_t count = size_t{grid.threads.x} * grid.threads.y * grid.threads.z;
-  if (count % 32 || !count || count > 1024) throw std::runtime_error("a block must have whole warps");
+  const size_t of_block = size_t{grid.threads.x} * grid.threads.y * grid.threads.z;
+  const size_t count = of_block * grid.cluster;
+  if (of_block % 32 || !of_block || of_block > 1024) {
+    throw std::runtime_error("a block must have whole warps");
+  }
+  if (grid.blocks.x % grid.cluster) throw std::runtime_error("a grid must have whole clusters");
   if (m.stack_count < count) {
     if (m.stacks) munmap(m.stacks, m.stack_count * kStack);
     void* stacks = mmap(nullptr, count * kStack, PROT_READ | PROT_WRITE,
@@ -307,13 +350,13 @@ inline void run(const Grid& grid, std::function<void()> body) {
   if (sigsetjmp(m.fault, 1)) {
     m.error = who(m.current) + ": reads or writes outside of memory";
   } else {
-    for (int i : permutation(blocks)) {
-      const unsigned x = grid.blocks.x, y = grid.blocks.y;
-      blockIdx = dim3(i % x, i / x % y, i / (x * y));
-      run_block(grid);
-      const unsigned char* end = dynamic_shared() + grid.shared;
-      if (m.error.empty() && std::any_of(end, end + kGuard, [](auto b) { return b != kPoison; })) {
-        m.error = who(0) + ": wrote behind its dynamic shared memory";
+    for (int i : permutation(blocks / grid.cluster)) {
+      run_cluster(grid, i);
+      for (unsigned block = 0; block < grid.cluster; ++block) {
+        const unsigned char* end = dynamic_shared(block) + grid.shared;
+        if (m.error.empty() && std::any_of(end, end + kGuard, [](auto b) { return b != kPoison; })) {
+          m.error = who(block * of_block) + ": wrote behind its dynamic shared memory";
+        }
       }
       if (!m.error.empty()) break;
     }
@@ -365,6 +408,7 @@ template <typename T>
 T& shared() {
   alignas(16) static unsigned char memory[sizeof(T)];
   static uint64_t block = 0;
+  if (emulate::machine.blocks.size() > 1) emulate::fail("shared<T>() is not for clusters");
   if (block != emulate::machine.block_number) {
     std::memset(memory, emulate::kPoison, sizeof(T));
     block = emulate::machine.block_number;

@@ -2,10 +2,11 @@
 // registers while the products before them run.
 //
 // A block is two warpgroups, of 64 outputs each, and one, of which a thread is awake, that fetches
-// 128 rows of inputs, one instruction a chunk, into a ring in shared memory that both multiply.
-// Sums of a unit are integers, and go to sums in fp32; meanwhile the other warpgroup multiplies,
-// for they meet at nothing but the ring. A block takes tile after tile, so that the ring fills for
-// the next while sums are stored.
+// 128 rows of inputs into a ring in shared memory, which both multiply. Two blocks side by side
+// share their rows: each fetches one half for both, or inputs would come out of L2 too slowly. Sums
+// of a unit are integers, and go to sums in fp32; meanwhile the other warpgroup multiplies, for
+// they meet at nothing but the ring. A block takes tile after tile, so that the ring fills for the
+// next while sums are stored.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +16,7 @@
 
 namespace blaq {
 
-constexpr int kInt8Stages = 10;
+constexpr int kInt8Stages = 10, kInt8Cluster = 2;
 constexpr int kMultiplying = 256, kInt8Threads = 384;  // the last warpgroup fetches
 
 struct Int8Ring {
@@ -37,22 +38,35 @@ struct RingPlace {
   }
 };
 
+__host__ __device__ inline unsigned cluster_tiles_across(const Int8Product& call) {
+  return (call.tiles_across() + kInt8Cluster - 1) / kInt8Cluster;
+}
+
+// This block's tiles: those of its cluster lie side by side. Past the last output a tile stores
+// nothing, but fetches for the others.
 template <typename Each>
 BLAQ_DEVICE void for_each_tile(const Int8Product& call, const Each& each) {
-  const unsigned across = call.tiles_across(), tiles = call.tiles();
-  for (unsigned tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    each(int64_t{tile / across}, int64_t{tile % across} * kChunkRows);
+  const unsigned across = cluster_tiles_across(call);
+  const unsigned tiles = across * (call.tiles() / call.tiles_across());
+  for (unsigned tile = blockIdx.x / kInt8Cluster; tile < tiles; tile += gridDim.x / kInt8Cluster) {
+    const unsigned output_tile = tile % across * kInt8Cluster + blockIdx.x % kInt8Cluster;
+    each(int64_t{tile / across}, int64_t{output_tile} * kChunkRows);
   }
 }
 
 BLAQ_DEVICE void fetch_chunks(const Int8Product& call, Int8Ring& ring) {
+  constexpr int kPart = sizeof(RowChunk) / kInt8Cluster;
+  const int part = number_in_cluster() * kPart;
   RingPlace place;
   for_each_tile(call, [&](int64_t row_tile, int64_t) {
     const RowChunk* from = call.rows + row_tile * call.chunks;
     for (int chunk = 0; chunk < call.chunks; ++chunk) {
+      Barrier& full = ring.full[place.stage];
       wait_for_phase(ring.empty[place.stage], place.parity ^ 1);  // at first at once
-      arrive_and_expect(ring.full[place.stage], sizeof(RowChunk));
-      bulk_copy(&ring.chunks[place.stage], from + chunk, sizeof(RowChunk), ring.full[place.stage]);
+      arrive_and_expect(full, sizeof(RowChunk));
+      bulk_copy<kInt8Cluster>(reinterpret_cast<unsigned char*>(&ring.chunks[place.stage]) + part,
+                              reinterpret_cast<const unsigned char*>(from + chunk) + part, kPart,
+                              full);
       place.advance();
     }
   });
@@ -105,7 +119,7 @@ BLAQ_DEVICE void multiply_chunks(const Int8Product& call, Int8Ring& ring) {
           add_sums<false>(call, sum, rows, 0, output, chunk, total);
         }
         __syncwarp();
-        if (lane == 0) arrive(ring.empty[place.stage]);
+        if (lane < kInt8Cluster) arrive_in_block(ring.empty[place.stage], lane);
         place.advance();
       }
     }
@@ -123,27 +137,30 @@ __global__ void __launch_bounds__(kInt8Threads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kInt8Stages; ++i) {
       init_barrier(ring.full[i], 1);
-      init_barrier(ring.empty[i], kMultiplying / 32);
+      init_barrier(ring.empty[i], kMultiplying / 32 * kInt8Cluster);
     }
     fence_barriers();
     ring.levels.put(call.levels);
   }
-  __syncthreads();
+  sync_cluster();
   if (threadIdx.x < kMultiplying) {
     take_registers<240>();
     multiply_chunks<bits>(call, ring);
   } else {
-    give_registers<24>();
+    give_registers<32>();
     if (threadIdx.x == kMultiplying) fetch_chunks(call, ring);
   }
+  sync_cluster();
 #endif
 }
 
+// A cluster of two fits wherever multiprocessors come in pairs, as they do on sm_90.
 template <int bits>
 void launch_by_warpgroups(const Int8Product& call, int multiprocessors, Stream stream) {
+  const unsigned tiles = cluster_tiles_across(call) * (call.tiles() / call.tiles_across());
+  const unsigned clusters = std::max(1u, std::min<unsigned>(tiles, multiprocessors / kInt8Cluster));
   launch(int8_warpgroup_kernel<bits>,
-         {std::min<unsigned>(call.tiles(), multiprocessors), kInt8Threads, sizeof(Int8Ring)},
-         stream, call);
+         {clusters * kInt8Cluster, kInt8Threads, sizeof(Int8Ring), kInt8Cluster}, stream, call);
 }
 
 }  // namespace blaq

@@ -52,7 +52,7 @@ struct Products {
 };
 
 inline Products& products() {
-  static std::vector<Products> of_thread(1024);
+  static std::vector<Products> of_thread(2048);
   Products& mine = of_thread[machine.current];
   if (mine.block != machine.block_number) mine = {{}, 0, machine.block_number};
   return mine;

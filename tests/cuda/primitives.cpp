@@ -1,5 +1,5 @@
-// Every wrapper of csrc/cuda/device.h, and faults that the emulation must find.
-#include "cuda/device.h"
+// Every wrapper of csrc/cuda/device.h and bulk.h, and faults that the emulation must find.
+#include "cuda/bulk.h"
 
 using namespace blaq;
 
@@ -166,6 +166,15 @@ __global__ void fault_kernel(int which, uint32_t* memory) {
       if (thread == 17) memory[64] = 1;
       memory[thread] = memory[64];
       break;
+    case 11: {
+      Barrier& barrier = *dynamic_shared<Barrier>();
+      if (thread == 0) init_barrier(barrier, 64);
+      __syncthreads();
+      if (thread < 63) arrive(barrier);
+      wait_for_phase(barrier, 0);
+      break;
+    }
+    case 12: if (thread == 0) bulk_copy<1>(words, memory, 12, *dynamic_shared<Barrier>()); break;
   }
 }
 BLAQ_TEST_EXPORT const char* fault(int which, uint32_t* memory, uint32_t order) {
@@ -173,4 +182,50 @@ BLAQ_TEST_EXPORT const char* fault(int which, uint32_t* memory, uint32_t order) 
     emulate::machine.order = order;
     launch(fault_kernel, {1, 64, 64}, nullptr, which, memory);
   });
+}
+
+// Each of two blocks fetches half of in [64] for both, and writes out [2, 64] what it then has.
+__global__ void cluster_kernel(const uint32_t* in, uint32_t* out) {
+  struct Shared {
+    uint32_t words[64];
+    Barrier full;
+  };
+  Shared& memory = *dynamic_shared<Shared>();
+  const int block = number_in_cluster();
+  if (threadIdx.x == 0) init_barrier(memory.full, 1), fence_barriers();
+  sync_cluster();
+  if (threadIdx.x == 5) {
+    arrive_and_expect(memory.full, sizeof memory.words);
+    bulk_copy<2>(memory.words + 32 * block, in + 32 * block, 128, memory.full);
+  }
+  wait_for_phase(memory.full, 0);
+  out[blockIdx.x * 64 + threadIdx.x] = memory.words[threadIdx.x];
+  sync_cluster();
+}
+BLAQ_TEST_EXPORT const char* cluster(const uint32_t* in, uint32_t* out, uint32_t order) {
+  return emulate::message_of([&] {
+    emulate::machine.order = order;
+    launch(cluster_kernel, {2, 64, 264, 2}, nullptr, in, out);
+  });
+}
+
+// d [128 threads, 16, 4] += or = a [128, 4] · b [2 halves of 16 bytes, 128 columns].
+__global__ void warpgroup_kernel(const uint32_t* a, const uint4* b, int* d, bool adds) {
+  uint4* columns = dynamic_shared<uint4>();
+  for (int half = 0; half < 2; ++half) columns[half * 128 + threadIdx.x] = b[half * 128 + threadIdx.x];
+  int sum[16][4];
+  uint32_t mine[1][4];
+  std::copy_n(d + threadIdx.x * 64, 64, &sum[0][0]);
+  std::copy_n(a + threadIdx.x * 4, 4, mine[0]);
+  fence_shared_for_products();
+  __syncthreads();
+  begin_products(mine);
+  wgmma_m64n128k32_s8(sum, mine[0], MatrixB(columns, 128 * 16, 128), adds);
+  commit_products();
+  wait_for_products<0>(sum);
+  std::copy_n(&sum[0][0], 64, d + threadIdx.x * 64);
+}
+BLAQ_TEST_EXPORT const char* warpgroup(const uint32_t* a, const uint4* b, int* d, int adds) {
+  return emulate::message_of(
+      [&] { launch(warpgroup_kernel, {1, 128, 4096}, nullptr, a, b, d, adds != 0); });
 }
