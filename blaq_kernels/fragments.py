@@ -1,9 +1,9 @@
 """The order in which CUDA kernels read a packed weight, in plain PyTorch: csrc/cuda/fragments.h.
 
 A tile is 16 rows, a unit as many columns as 16 bytes (3 bits: 48) of a lane hold. A lane, ``4g + t``,
-has rows ``g`` and ``g + 8`` of a tile, and of every 32 columns the 8 from ``8t`` on. Its words come in
-groups of 1 (3 bits: 3); a group has pairs of neighbouring columns, one in each half of a word, whose
-signs and indices have bits of their own (:func:`places`). Memory is
+has rows ``g`` and ``g + 8`` of a tile, and of every 32 columns the 8 from ``8t`` on, or with 1 bit of every
+8 the 2 from ``2t`` on. Its words come in groups of 1 (3 bits: 3); a group has pairs of neighbouring columns,
+whose signs and indices have bits of their own (:func:`places`), 16 apart, or 8 with 1 bit. Memory is
 ``[tile, unit, load, lane, 4 words]``, little-endian; rows and columns past the last are code 0.
 """
 
@@ -38,12 +38,12 @@ def repacked_bytes(bits: int, n: int, row_bytes: int) -> int:
 
 
 def places(bits: int, pair: int) -> list[tuple[int, int]]:
-    """Word and bit of each bit of a pair's code, the lowest first, in the lower half of the word."""
+    """Word and bit of each bit of the code of a pair's first weight, the lowest first."""
     if bits == 3:
         index = (1 + pair // 8, 14 - pair % 8 * 2)
     else:
         index = (0, 7 - pair if bits == 2 else (7, 10, 4, 1)[pair] if bits == 4 else 0)
-    sign = 0 if (bits, pair) == (4, 3) else 15 - pair
+    sign = pair % 8 + pair // 8 * 16 if bits == 1 else 0 if (bits, pair) == (4, 3) else 15 - pair
     return [(index[0], index[1] + bit) for bit in range(bits - 1)] + [(0, sign)]
 
 
@@ -51,6 +51,9 @@ def places(bits: int, pair: int) -> list[tuple[int, int]]:
 def _gather(bits: int) -> tuple[Tensor, Tensor]:
     """Row of a tile and column of a unit for every lane, group, pair and half."""
     lane, group, pair, half = torch.meshgrid(*map(torch.arange, (32, 4, pairs(bits), 2)), indexing="ij")
+    if bits == 1:
+        column = 64 * group + pair % 2 * 32 + pair % 8 // 2 * 8 + lane % 4 * 2 + half
+        return lane // 4 + pair // 8 * 8, column
     of_unit = group * pairs(bits) + pair
     fragment, register = of_unit // 4, of_unit % 4
     row = lane // 4 + register % 2 * 8
@@ -68,9 +71,10 @@ def repack(qweight: Tensor) -> Tensor:
     planes = torch.nn.functional.pad(planes, (0, units * width - 8 * row_bytes, 0, tiles * 16 - n))
     row, column = (x.to(qweight.device) for x in _gather(bits))
     planes = planes.reshape(bits, tiles, 16, units, width).transpose(2, 3)
+    apart = 8 if bits == 1 else 16
     taken = planes[:, :, :, row, column].int()  # [bits, tile, unit, lane, group, pair, half]
     out = torch.zeros(tiles, units, 32, 4, count, dtype=torch.int32, device=qweight.device)
     for pair in range(pairs(bits)):
         for bit, (word, at) in enumerate(places(bits, pair)):
-            out[..., word] |= taken[bit, ..., pair, 0] << at | taken[bit, ..., pair, 1] << at + 16
+            out[..., word] |= taken[bit, ..., pair, 0] << at | taken[bit, ..., pair, 1] << at + apart
     return out.reshape(tiles, units, 32, count, 4).transpose(2, 3).contiguous().view(torch.uint8).reshape(-1)

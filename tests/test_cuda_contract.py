@@ -96,11 +96,11 @@ def test_products_of_bytes_keep_their_contract(tmp_path):
 
 @needs_tools
 def test_a_broken_contract_is_reported(linear, monkeypatch):
-    strict = replace(contract.RULES[0], logic={"1Bf16": 0.1}, tensor_core="BMMA")
+    strict = replace(contract.RULES[0], logic={"1Bf16": 0.01}, tensor_core="BMMA")
     monkeypatch.setattr(contract, "RULES", [strict])
     assert "no BMMA" in next(contract.measure(linear)).faults
     monkeypatch.setattr(contract, "RULES", [replace(strict, tensor_core="HMMA")])
-    assert any("a weight, budget 0.1" in fault for fault in next(contract.measure(linear)).faults)
+    assert any("a weight, budget 0.01" in fault for fault in next(contract.measure(linear)).faults)
 
 
 @needs_tools

@@ -86,13 +86,10 @@ def as_bits(x):
 @pytest.mark.parametrize("which", range(6), ids=["fp16", "bf16", "s8", "u8", "and", "xor"])
 def test_mma_is_a_matrix_product(lib, which):
     if which < 2:
-        kind = ("fp16", "bf16")[which]
-        one, shift = (0x3c00, 10) if which == 0 else (0x3f80, 7)
-        small = [RNG.integers(0, 2, (n, 16)) << 15 | (one + (RNG.integers(-2, 3, (n, 16)) << shift))
-                 for n in (16, 8)]  # ± powers of two: sums are exact in any order
-        a, b = (np.ascontiguousarray(x.astype(np.uint16)).view(np.uint32) for x in small)
+        (a, left), (b, right) = (powers(("fp16", "bf16")[which], n, 16) for n in (16, 8))
+        a, b = a.view(np.uint32), b.view(np.uint32)
         d = RNG.integers(-9, 9, (16, 8)).astype(np.float32)
-        product = as_float(small[0], kind).astype(np.float64) @ as_float(small[1], kind).T
+        product = left @ right.T
     else:
         a, b = words(16, 8), words(8, 8)
         d = RNG.integers(-1000, 1000, (16, 8)).astype(np.int32)
@@ -106,6 +103,38 @@ def test_mma_is_a_matrix_product(lib, which):
     actual = sums(d)
     lib.mma(which, ra, rb, actual)
     assert np.array_equal(actual, sums((product + d).astype(d.dtype)))
+
+
+def powers(kind, *shape):
+    """± powers of two, whose sums are exact in any order: as bits, and as numbers."""
+    one, shift = (0x3c00, 10) if kind == "fp16" else (0x3f80, 7)
+    bits = RNG.integers(0, 2, shape) << 15 | (one + (RNG.integers(-2, 3, shape) << shift))
+    return np.ascontiguousarray(bits.astype(np.uint16)), as_float(bits, kind).astype(np.float64)
+
+
+@pytest.mark.parametrize("lanes", [0, 1])
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_sparse_mma_is_a_product_with_two_of_every_four(lib, kind, lanes):
+    """Each choice of two among four in turn, in metadata as CUTLASS's reorder_meta has them."""
+    kept, values = powers(kind, 16, 16)
+    right, b = powers(kind, 8, 32)
+    every = np.array([(i, j) for j in range(4) for i in range(j)])
+    choices = every[(np.arange(16 * 8) % 6 + lanes) % 6].reshape(16, 16)
+    a = np.zeros((16, 32))
+    np.put_along_axis(a, choices + np.arange(16) // 2 * 4, values, 1)
+    ra, rb = (np.ascontiguousarray(np.stack(registers, 1)) for registers in (
+        [kept.view(np.uint32)[G + i % 2 * 8, T + i // 2 * 4] for i in range(4)],
+        [right.view(np.uint32)[G, T + i * 4] for i in range(4)]))
+    halves = (choices.reshape(16, 2, 8) << 2 * np.arange(8)).sum(2)  # [row, k from 16 on]
+    chosen = words(32)  # of the other lanes nobody asks
+    for half in range(2):
+        chosen[4 * np.arange(8) + 2 * lanes + half] = halves[:8, half] | halves[8:, half] << 16
+    d = RNG.integers(-9, 9, (16, 8)).astype(np.float32)
+    actual = sums(d)
+    lib.sparse(int(kind == "bf16"), lanes, ra, rb, chosen, actual)
+    assert np.array_equal(actual, sums((a @ b.T + d).astype(np.float32)))
+    with pytest.raises(Fault, match="choices must ascend"):
+        lib.sparse(int(kind == "bf16"), lanes, ra, rb, chosen * 0, actual)
 
 
 @pytest.mark.parametrize("exclusive", [False, True])

@@ -3,11 +3,11 @@
   python -m blaq_kernels.cuda.contract              # the table, of every architecture that was built
   python -m blaq_kernels.cuda.contract x.cubin ...  # of these instead
 
-Fails where the main loop of a kernel, or all of one without tensor cores, spills to local memory
-(LDL, STL), where a kernel calls a function, makes an atomic of a loop (ATOMS.CAST, ATOMG.CAS), misses
-the tensor-core instruction that it means to use or its 128-bit loads, or takes more instructions a weight
-than its budget. Of a training kernel that is the longest way through its loop but for what is rare: slow
-paths of divisions and roots, elements by themselves, carries. No GPU takes part: nothing here is a time.
+Fails where a kernel spills to local memory (LDL, STL), calls a function, makes an atomic of a loop
+(ATOMS.CAST, ATOMG.CAS), misses the tensor-core instruction that it means to use or its 128-bit loads, or
+takes more instructions a weight than its budget. Of a training kernel that is the longest way through its
+loop but for what is rare: slow paths of divisions and roots, elements by themselves, carries. No GPU takes
+part: nothing here is a time.
 """
 
 from __future__ import annotations
@@ -55,10 +55,12 @@ INT8_LOGIC = {"1": 0.6, "2": 0.7, "3": 0.85, "4": 1.75}
 GROUPED = ("I2F.RP",)  # a division: where sums take their group's scale
 TYPES = r"(?:NS_4|NS_6NarrowINS_4)([FB][pf]\d+)\w*?"
 RULES = [
+    Rule(r"20packed_linear_kernelILi(1)ENS_4([FB][pf]16)ELi(\d)E", "packed_linear W1 {1}, {2} × 8 rows",
+         "HMMA.SP", weights=8, columns=3, wide_loads=True, logic={"1Fp16": 0.1, "1Bf16": 0.1}),
     Rule(r"20packed_linear_kernelILi(\d)ENS_4([FB][pf]16)ELi(\d)E", "packed_linear W{0} {1}, {2} × 8 rows",
          "HMMA", weights=8, columns=3, wide_loads=True,
-         logic={"1Fp16": 0.55, "1Bf16": 0.55, "2Bf16": 0.55, "2Fp16": 1.05, "3Fp16": 1.05,
-                "3Bf16": 1.05, "4Fp16": 1.1, "4Bf16": 1.0}),
+         logic={"2Bf16": 0.55, "2Fp16": 1.05, "3Fp16": 1.05, "3Bf16": 1.05, "4Fp16": 1.1,
+                "4Bf16": 1.0}),
     Rule(r"13repack_kernelILi(\d)E", "repack W{0}", slow_paths=True),
     *(Rule(rf"12update_partsINS_3(F32|B16|F16)ELb{commits}ELb{binary}E",
            f"fused_{('trial', 'step')[commits]}, first pass, {('levels', '1 bit')[binary]}, {{0}}",
@@ -131,7 +133,7 @@ def _row(rule: Rule, found: re.Match[str] | None, architecture: int, code: list[
         body = sass.longest_way(body, lambda one: one.opcode.startswith(rule.rare))
     products = _count(body, rule.tensor_core) if body else 0
     faults = [f"{n} {what}" for what, n in (
-        ("spills to local memory", _count(body or code, ("LDL", "STL"))),
+        ("spills to local memory", _count(code, ("LDL", "STL"))),
         ("calls", 0 if rule.slow_paths or not native else sum(map(_is_call, code))),
         ("atomics made of loops", _count(code, ("ATOMS.CAS", "ATOMG.E.CAS", "ATOM.E.CAS")))) if n]
     per_weight = None

@@ -141,18 +141,19 @@ BLAQ_DEVICE uint4 load_16(const void* address) {
   return *static_cast<const uint4*>(address);
 #endif
 }
-// The same where `inside`, zeros elsewhere, without a branch.
+// The same `offset` bytes further on where `inside`, zeros elsewhere, without a branch.
+template <int offset>
 BLAQ_DEVICE uint4 load_16_if(bool inside, const void* address) {
 #if defined(__CUDACC__)
   uint4 v;
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; "
-      "mov.b32 %3, 0; @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
+      "mov.b32 %3, 0; @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4 + %6];}"
       : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-      : "l"(address), "r"(static_cast<int>(inside)) : "memory");
+      : "l"(address), "r"(static_cast<int>(inside)), "n"(offset) : "memory");
   return v;
 #else
-  return inside ? load_16(address) : make_uint4(0, 0, 0, 0);
+  return inside ? load_16(static_cast<const char*>(address) + offset) : make_uint4(0, 0, 0, 0);
 #endif
 }
 BLAQ_DEVICE void store_16(void* address, uint4 v) {

@@ -83,6 +83,63 @@ BLAQ_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint3
 #endif
 }
 
+// A [16, 32] · B [32, 8], 16-bit floats, sums in fp32, where of every four k of a row A has two: a
+// register of A is two neighbours of what a row has, B[i] has k = 8i + 2t and k + 1, and `chosen`
+// says which k: two bits for each that a row has, ascending in every four. With kLanes 0 the words
+// of the quad's lanes 0 and 1 count, with 1 those of 2 and 3: the even lane's is about k below 16,
+// row g in its lower half and g + 8 in the upper, the odd lane's about the other k. (The order of
+// metadata is that of CUTLASS's reorder_meta; the PTX ISA has it in a figure.)
+template <typename Type, int kLanes>
+BLAQ_DEVICE void mma_m16n8k32_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                     uint32_t chosen) {
+#if defined(__CUDACC__)
+#define BLAQ_MMA_SPARSE(type)                                                                    \
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type       \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, " \
+               "%12, %13;"                                                                       \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                  \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]),    \
+                 "r"(b[3]), "r"(chosen), "n"(kLanes))
+  if constexpr (Type::kOne == 0x3c00) {
+    BLAQ_MMA_SPARSE("f16");
+  } else {
+    BLAQ_MMA_SPARSE("bf16");
+  }
+#undef BLAQ_MMA_SPARSE
+#else
+  struct In {
+    float d[4];
+    uint32_t a[4], b[4], chosen;
+  } in;
+  struct Out {
+    float d[4];
+  };
+  std::copy_n(d, 4, in.d), std::copy_n(a, 4, in.a), std::copy_n(b, 4, in.b), in.chosen = chosen;
+  const Out out = emulate::meet<Out>(~0u, {"mma_m16n8k32_sparse", __FILE__, __LINE__}, in,
+                                     [](auto in, auto out, uint32_t) {
+    const auto half_of = [](uint32_t two, int high) {
+      return static_cast<double>(Type::to_float(static_cast<uint16_t>(two >> 16 * high)));
+    };
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const int g = lane / 4, low = i / 2, column = lane % 4 * 2 + i % 2;  // low: row g + 8
+        double sum = in[lane]->d[i];
+        for (int n = 0, last = 0; n < 16; ++n) {
+          const uint32_t choices = in[4 * g + 2 * kLanes + n / 8]->chosen >> 16 * low;
+          const int choice = choices >> n % 8 * 2 & 3, k = n / 2 * 4 + choice;
+          if (n % 2 && choice <= last) emulate::fail("mma_m16n8k32_sparse: choices must ascend");
+          last = choice;
+          sum += half_of(in[4 * g + n % 8 / 2]->a[low + n / 8 * 2], n % 2) *
+                 half_of(in[4 * column + k % 8 / 2]->b[k / 8], k % 2);
+        }
+        out[lane]->d[i] = static_cast<float>(sum);
+      }
+    }
+  });
+  std::copy_n(out.d, 4, d);
+#endif
+}
+
 // A [16, 32] · B [32, 8], bytes, sums in int32; A signed or not, B signed.
 template <bool signed_a>
 BLAQ_DEVICE void mma_m16n8k32_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

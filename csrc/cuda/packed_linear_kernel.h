@@ -26,6 +26,7 @@ struct PackedLinear {
   int m, n, k, width;  // k below 2^24; width: k up to a multiple of 8, zeros past k
   int units, tiles;       // of inputs, of 16 outputs
   int row_warps, splits;  // of a block: warps side by side over outputs, and over inputs
+  int turns;              // blocks of input's rows; those with the same outputs are neighbours
   int scale_stride;       // 0: one for all; else scales of a row
   int group_size;         // 0: a scale has the whole row
   uint32_t group_factor, group_shift;  // of group_of
@@ -37,13 +38,26 @@ constexpr int kScaled = 64;  // inputs that share a scale where scales multiply 
 constexpr int kMaxRows = 64, kMaxInputs = 1 << 24;
 
 template <int columns>
-struct LinearShape {  // columns: tiles of 8 rows of input
-  static constexpr int kTiles = columns == 8 ? 1 : 2;  // of 16 outputs, for a warp
+struct LinearShape {  // columns: tiles of 8 rows of input, at most 4: more registers there are not
+  static constexpr int kTiles = 2;           // of 16 outputs, for a warp
+  static constexpr int kRows = columns * 8;  // of input, for a block
+  // Three bits with 16 rows would spill a little to keep to registers for two blocks.
+  static constexpr int least_blocks(int bits) { return bits == 3 && columns == 2; }
   static constexpr int kWarps = columns == 1 ? 16 : 8;
   static constexpr size_t shared_bytes() {
     return sizeof(float) * kWarps * columns * 4 * 32;  // sums of a tile
   }
 };
+
+// Which rows of input a block has, and which outputs.
+template <int columns>
+BLAQ_DEVICE int turn_of_block(const PackedLinear& p) {
+  return columns == 4 ? blockIdx.x % p.turns : 0;
+}
+template <int columns>
+BLAQ_DEVICE int outputs_of_block(const PackedLinear& p) {
+  return columns == 4 ? blockIdx.x / p.turns : blockIdx.x;
+}
 
 BLAQ_DEVICE float scale_of(const PackedLinear& p, int row, int group) {
   return p.scale[static_cast<int64_t>(min(row, p.n - 1)) * p.scale_stride + group];
@@ -79,25 +93,37 @@ struct LinearWarp {
   using F = Fragments<bits>;
   using Shape = LinearShape<columns>;
   static constexpr int kTiles = Shape::kTiles;
-  static constexpr int kAhead = bits == 3 || columns == 8 ? 1 : columns == 1 ? 4 : 2;  // units
+  static constexpr int kAhead = bits == 3 ? 1 : columns == 1 ? 4 : 2;  // units
 
   const PackedLinear& p;
   int lane, first_tile, split;
+  const uint4* first_unit[kTiles];    // what the lane reads of each tile
+  const uint16_t* first_in[columns];  // and of the inputs
   float sum[kTiles][columns][4];
 
   BLAQ_DEVICE explicit LinearWarp(const PackedLinear& args) : p(args) {
     const int warp = threadIdx.x / 32;
     lane = threadIdx.x % 32;
     split = warp / p.row_warps;
-    first_tile = (blockIdx.x * p.row_warps + warp % p.row_warps) * kTiles;
+    first_tile = (outputs_of_block<columns>(p) * p.row_warps + warp % p.row_warps) * kTiles;
+    // A tile past the last, and a row of input, is the last again; nobody stores it.
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int64_t place = min(first_tile + tile, p.tiles - 1);
+      first_unit[tile] = p.weight + place * p.units * (F::kLoads * 32) + lane;
+    }
+#pragma unroll
+    for (int c = 0; c < columns; ++c) {
+      const int of_turn = c * 8 + lane / 4;
+      const int64_t row = min(turn_of_block<columns>(p) * Shape::kRows + of_turn, p.m - 1);
+      first_in[c] = p.x + row * p.x_stride + lane % 4 * 8;
+    }
 #pragma unroll
     for (int i = 0; i < kTiles * columns * 4; ++i) sum[i / (columns * 4)][i / 4 % columns][i % 4] = 0;
   }
 
-  // A tile past the last is the last again; nobody stores it.
   BLAQ_DEVICE const uint4* unit_address(int tile, int unit) const {
-    const int64_t at = static_cast<int64_t>(min(first_tile + tile, p.tiles - 1)) * p.units + unit;
-    return p.weight + at * (F::kLoads * 32) + lane;
+    return first_unit[tile] + static_cast<int64_t>(unit) * (F::kLoads * 32);
   }
 
   struct Unit {
@@ -115,16 +141,23 @@ struct LinearWarp {
     }
   }
 
-  // The lane's 8 neighbouring inputs of rows lane / 4 + 8c; zeros past the last of both. Not by the
-  // read-only path: the kernel that writes them may have been running when this one began.
-  BLAQ_DEVICE void load_inputs(uint4 (&x)[columns], int k) const {
-    const int at = k + lane % 4 * 8;
+  struct Inputs {  // of a unit, as the lane finds them
+    const uint16_t* from[columns];
+    int left;  // from the lane's first on
+  };
+  BLAQ_DEVICE Inputs inputs_at(int k) const {
+    Inputs in;
 #pragma unroll
-    for (int c = 0; c < columns; ++c) {
-      const int row = c * 8 + lane / 4;
-      x[c] = load_16_if(row < p.m && at < p.width,
-                        p.x + (static_cast<uint32_t>(row) * p.x_stride + at));
-    }
+    for (int c = 0; c < columns; ++c) in.from[c] = first_in[c] + k;
+    in.left = p.width - (k + lane % 4 * 8);
+    return in;
+  }
+  // The lane's 8 neighbouring inputs of rows lane / 4 + 8c, of the j-th 32; zeros past the last. Not
+  // by the read-only path: the kernel that writes them may have been running when this one began.
+  template <int j>
+  static BLAQ_DEVICE void load_inputs(uint4 (&x)[columns], const Inputs& in) {
+#pragma unroll
+    for (int c = 0; c < columns; ++c) x[c] = load_16_if<64 * j>(in.left > 32 * j, in.from[c]);
   }
 
   // Inputs of the next kWindow pairs of fragments, the pair j at j % kWindow.
@@ -132,29 +165,62 @@ struct LinearWarp {
   static constexpr int kWindow = columns == 1 && kPairs >= 4 ? 4 : 2;
   using Window = uint4[kWindow][columns];
 
-  BLAQ_DEVICE void open(Window& x, int k) const {
-#pragma unroll
-    for (int j = 0; j < kWindow; ++j) load_inputs(x[j], k + 32 * j);
+  template <int j = 0>
+  static BLAQ_DEVICE void open(Window& x, const Inputs& in) {
+    if constexpr (j < kWindow) load_inputs<j>(x[j], in), open<j + 1>(x, in);
   }
 
   // Fragments of the unit of inputs k from pair j on; each pair's place goes to inputs further on,
-  // in this unit or in the next, which begins at `next`.
+  // in this unit or in the next, which begins at `next` and is what `in` is left at.
   template <bool grouped, int j = 0>
-  BLAQ_DEVICE void multiply(const Unit& unit, int k, int next, Window& x,
+  BLAQ_DEVICE void multiply(const Unit& unit, int k, int next, Inputs& in, Window& x,
                             float (&part)[kTiles][columns][4]) {
     if constexpr (j < kPairs) {
       multiply_one<2 * j>(unit, x[j % kWindow], part);
       multiply_one<2 * j + 1>(unit, x[j % kWindow], part);
       constexpr int ahead = j + kWindow;
-      load_inputs(x[j % kWindow], ahead < kPairs ? k + 32 * ahead : next + 32 * (ahead - kPairs));
+      if constexpr (ahead == kPairs) in = inputs_at(next);
+      load_inputs<ahead % kPairs>(x[j % kWindow], in);
       if constexpr (grouped && j % 2 == 1) add_scaled(part, k + 32 * (j - 1));
-      multiply<grouped, j + 1>(unit, k, next, x, part);
+      multiply<grouped, j + 1>(unit, k, next, in, x, part);
     }
   }
 
   template <int f>
   BLAQ_DEVICE void multiply_one(const Unit& unit, const uint4 (&x)[columns],
                                 float (&part)[kTiles][columns][4]) {
+    if constexpr (bits == 1) {
+      choose_one<f>(unit, x, part);
+    } else {
+      decode_one<f>(unit, x, part);
+    }
+  }
+
+  template <int f>
+  BLAQ_DEVICE void choose_one(const Unit& unit, const uint4 (&x)[columns],
+                              float (&part)[kTiles][columns][4]) {
+    constexpr uint32_t kOnes = Type::kOne << 16 | Type::kOne;
+    const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
+    uint32_t chosen[kTiles];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      chosen[tile] = choices_of<f / 2 % 2 != 0>(word_of(unit.words[tile], f / 4));
+    }
+#pragma unroll
+    for (int c = 0; c < columns; ++c) {
+      const uint32_t low = f % 2 ? x[c].z : x[c].x, high = f % 2 ? x[c].w : x[c].y;
+      const uint32_t b[4] = {either_sign<Type, false>(low), either_sign<Type, true>(low),
+                             either_sign<Type, false>(high), either_sign<Type, true>(high)};
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        mma_m16n8k32_sparse<Type, f % 2>(part[tile][c], ones, b, chosen[tile]);
+      }
+    }
+  }
+
+  template <int f>
+  BLAQ_DEVICE void decode_one(const Unit& unit, const uint4 (&x)[columns],
+                              float (&part)[kTiles][columns][4]) {
     constexpr int kGroup = f * 4 / F::kPairs, kPair = f * 4 % F::kPairs;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -202,7 +268,8 @@ struct LinearWarp {
   BLAQ_DEVICE void powers(Unit (&ahead)[kAhead]) {
     float part[kTiles][columns][4] = {};
     Window x;
-    open(x, split * F::kInputs);
+    Inputs in = inputs_at(split * F::kInputs);
+    open(x, in);
     for (int unit = split; unit < p.units; unit += kAhead * p.splits) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
@@ -210,9 +277,9 @@ struct LinearWarp {
         if (at >= p.units) break;
         const int k = at * F::kInputs, next = (at + p.splits) * F::kInputs;
         if constexpr (grouped) {
-          multiply<true>(ahead[i], k, next, x, part);
+          multiply<true>(ahead[i], k, next, in, x, part);
         } else {
-          multiply<false>(ahead[i], k, next, x, sum);
+          multiply<false>(ahead[i], k, next, in, x, sum);
         }
         load(ahead[i], at + kAhead * p.splits);
       }
@@ -227,7 +294,7 @@ struct LinearWarp {
       for (int f = 0; f < F::kFragments; ++f) {
         const int k = unit * F::kInputs + f / 2 * 32;
         uint4 x[columns];
-        load_inputs(x, k);
+        load_inputs<0>(x, inputs_at(k));
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           uint32_t a[4];
@@ -245,20 +312,21 @@ struct LinearWarp {
 
   BLAQ_DEVICE void made(uint32_t (&a)[4], const uint32_t* address, int f, int row, int k,
                         const float* levels) const {
-    const int group = f * 4 / F::kPairs;
-    uint32_t words[F::kWords];
-#pragma unroll
-    for (int i = 0; i < F::kWords; ++i) {
-      const int word = group * F::kWords + i;
-      words[i] = __ldg(address + word / 4 * 128 + word % 4);
-    }
+    const int group = f * 4 / F::kPairs, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      const uint32_t* const from = address + (F::owner(f, i, t) - t) * 4;
+      uint32_t words[F::kWords];
+#pragma unroll
+      for (int j = 0; j < F::kWords; ++j) {
+        const int word = group * F::kWords + j;
+        words[j] = __ldg(from + word / 4 * 128 + word % 4);
+      }
       a[i] = 0;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int at = min(k + i / 2 * 2 + half, p.k - 1);
-        const uint32_t code = code_of<bits>(words, f * 4 % F::kPairs + i, half);
+        const uint32_t code = code_of<bits>(words, F::pair(f, i, t), half);
         const int scales = p.group_size ? at / p.group_size : 0;
         const float weight = levels[code] * scale_of(p, row + i % 2 * 8, scales);
         a[i] |= static_cast<uint32_t>(Type::from_float(weight)) << 16 * half;
@@ -270,6 +338,8 @@ struct LinearWarp {
   BLAQ_DEVICE void store(float* shared, bool scaled) const {
     constexpr int kSlots = columns * 4 * 32;
     const int warp = threadIdx.x / 32, rows = p.row_warps * 16;
+    const int first_row = turn_of_block<columns>(p) * Shape::kRows;
+    const int in_rows = min(Shape::kRows, p.m - first_row), block = outputs_of_block<columns>(p);
     for (int tile = 0; tile < kTiles; ++tile) {
       __syncthreads();
 #pragma unroll
@@ -280,23 +350,24 @@ struct LinearWarp {
         shared[warp * kSlots + i * 32 + lane] = value;
       }
       __syncthreads();
-      for (int at = threadIdx.x; at < rows * min(columns * 8, p.m); at += blockDim.x) {
+      for (int at = threadIdx.x; at < rows * in_rows; at += blockDim.x) {
         const int column = at / rows, of_block = at % rows, row_warp = of_block / 16, r = of_block % 16;
-        const int row = ((blockIdx.x * p.row_warps + row_warp) * kTiles + tile) * 16 + r;
+        const int row = ((block * p.row_warps + row_warp) * kTiles + tile) * 16 + r;
         if (row >= p.n) continue;
         const int slot = (column / 8 * 4 + r / 8 * 2 + column % 2) * 32 + r % 8 * 4 + column % 8 / 2;
         float total = 0;
         for (int s = 0; s < p.splits; ++s) total += shared[(s * p.row_warps + row_warp) * kSlots + slot];
         if (!scaled) total *= rounded<Type>(scale_of(p, row, 0));
         if (p.bias) total += Type::to_float(p.bias[row]);
-        p.out[static_cast<int64_t>(column) * p.n + row] = Type::from_float(total);
+        p.out[static_cast<int64_t>(first_row + column) * p.n + row] = Type::from_float(total);
       }
     }
   }
 };
 
 template <int bits, typename Type, int columns>
-__global__ void __launch_bounds__(32 * LinearShape<columns>::kWarps)
+__global__ void __launch_bounds__(32 * LinearShape<columns>::kWarps,
+                                  LinearShape<columns>::least_blocks(bits))
     packed_linear_kernel(const __grid_constant__ PackedLinear p) {
   using Warp = LinearWarp<bits, Type, columns>;
   launch_dependents();
@@ -316,7 +387,7 @@ __global__ void __launch_bounds__(32 * LinearShape<columns>::kWarps)
   }
   wait_for_dependencies();
 
-  const int rows = p.row_warps * Warp::kTiles * 16, first_row = blockIdx.x * rows;
+  const int rows = p.row_warps * Warp::kTiles * 16, first_row = outputs_of_block<columns>(p) * rows;
   bool by_sums = p.powers;
   if (bits > 1 && p.powers) {
     const int scales = p.scale_stride ? min(rows, p.n - first_row) * p.scale_stride : 1;
@@ -347,7 +418,8 @@ void launch_packed_linear(PackedLinear p, int multiprocessors, Stream stream) {
     p.row_warps *= 2;
   }
   p.splits = Shape::kWarps / p.row_warps;
-  const Grid grid = {static_cast<unsigned>((pairs + p.row_warps - 1) / p.row_warps),
+  p.turns = (p.m + Shape::kRows - 1) / Shape::kRows;
+  const Grid grid = {static_cast<unsigned>((pairs + p.row_warps - 1) / p.row_warps * p.turns),
                      32 * Shape::kWarps, Shape::shared_bytes()};
   launch_after(packed_linear_kernel<bits, Type, columns>, grid, stream, p);
 }
@@ -362,8 +434,7 @@ void packed_linear(PackedLinear p, int bits, bool levels_are_powers, int multipr
     p.units = static_cast<int>(Fragments<b>::units(p.k));
     if (p.m <= 8) return launch_packed_linear<b, Type, 1>(p, multiprocessors, stream);
     if (p.m <= 16) return launch_packed_linear<b, Type, 2>(p, multiprocessors, stream);
-    if (p.m <= 32) return launch_packed_linear<b, Type, 4>(p, multiprocessors, stream);
-    launch_packed_linear<b, Type, 8>(p, multiprocessors, stream);
+    launch_packed_linear<b, Type, 4>(p, multiprocessors, stream);
   };
   if (bits == 1) of_bits.template operator()<1>();
   if (bits == 2) of_bits.template operator()<2>();

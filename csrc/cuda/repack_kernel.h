@@ -18,13 +18,12 @@ __global__ void __launch_bounds__(256)
   uint32_t words[F::kWords] = {};
   for (int pair = 0; pair < F::kPairs; ++pair) {
     const Place place = F::place(pair);
-    const int of_unit = group * F::kPairs + pair, f = of_unit / 4, i = of_unit % 4;
-    const int64_t row = tile * 16 + lane / 4 + i % 2 * 8;
-    const int64_t k = unit * F::kInputs + f / 2 * 32 + lane % 4 * 8 + f % 2 * 4 + i / 2 * 2;
+    const auto first = F::first(group, pair, lane % 4);
+    const int64_t row = tile * 16 + lane / 4 + first.row, k = unit * F::kInputs + first.k;
     if (row >= n || k / 8 >= row_bytes) continue;
     for (int bit = 0; bit < bits; ++bit) {  // two neighbours lie in one byte
       const uint32_t two = planes[(bit * n + row) * row_bytes + k / 8] >> k % 8 & 3;
-      const uint32_t apart = (two & 1) | (two & 2) << 15;
+      const uint32_t apart = (two & 1) | (two & 2) << (F::kApart - 1);
       const bool sign = bit == bits - 1;
       words[sign ? place.sign_word : place.index_word] |=
           apart << (sign ? place.sign_bit : place.index_bit + bit);

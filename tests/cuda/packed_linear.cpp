@@ -30,9 +30,28 @@ BLAQ_TEST_EXPORT const char* linear(const uint16_t* x, int64_t x_stride, const u
   });
 }
 
+// Of 1 bit: what the metadata of sparse products choose of (1, -1), for both weights of a pair.
+template <typename Type>
+uint32_t chosen_pair(uint32_t word, int pair) {
+  const uint32_t choices = pair % 2 ? choices_of<true>(word) : choices_of<false>(word);
+  const uint32_t ones = Type::kOne << 16 | Type::kOne;
+  uint32_t two = 0;
+  for (int j = 0; j < 2; ++j) {
+    const int t = pair % 8 / 2, choice = choices >> (pair / 8 * 16 + 8 * j + 2 * t) & 3;
+    if (choice / 2 != t % 2) throw std::runtime_error("a choice must be of the lane's own input");
+    const uint32_t either = j ? either_sign<Type, true>(ones) : either_sign<Type, false>(ones);
+    two |= (either >> 16 * (choice % 2) & 0xffff) << 16 * j;
+  }
+  return two;
+}
+
 template <int bits, typename Type, int pair = 0>
 void decode_pairs(const uint32_t* words, uint32_t* out) {
-  out[pair] = powers_of<bits, Type, pair>(words);
+  if constexpr (bits == 1) {
+    out[pair] = chosen_pair<Type>(words[0], pair);
+  } else {
+    out[pair] = powers_of<bits, Type, pair>(words);
+  }
   if constexpr (pair + 1 < Fragments<bits>::kPairs) decode_pairs<bits, Type, pair + 1>(words, out);
 }
 
@@ -50,9 +69,10 @@ void decode_words(const uint32_t* words, int64_t count, uint32_t* out, uint32_t*
 
 BLAQ_TEST_EXPORT const char* decode(int64_t bits, int64_t bf16, const uint32_t* words, int64_t count,
                                     uint32_t* out, uint32_t* codes) {
-  if (bits == 1) (bf16 ? decode_words<1, Bf16> : decode_words<1, Fp16>)(words, count, out, codes);
-  if (bits == 2) (bf16 ? decode_words<2, Bf16> : decode_words<2, Fp16>)(words, count, out, codes);
-  if (bits == 3) (bf16 ? decode_words<3, Bf16> : decode_words<3, Fp16>)(words, count, out, codes);
-  if (bits == 4) (bf16 ? decode_words<4, Bf16> : decode_words<4, Fp16>)(words, count, out, codes);
-  return nullptr;
+  return emulate::message_of([&] {
+    if (bits == 1) (bf16 ? decode_words<1, Bf16> : decode_words<1, Fp16>)(words, count, out, codes);
+    if (bits == 2) (bf16 ? decode_words<2, Bf16> : decode_words<2, Fp16>)(words, count, out, codes);
+    if (bits == 3) (bf16 ? decode_words<3, Bf16> : decode_words<3, Fp16>)(words, count, out, codes);
+    if (bits == 4) (bf16 ? decode_words<4, Bf16> : decode_words<4, Fp16>)(words, count, out, codes);
+  });
 }

@@ -71,6 +71,24 @@ BLAQ_TEST_EXPORT const char* mma(int which, const uint32_t* a, const uint32_t* b
   });
 }
 
+// a [32, 4], b [32, 4], chosen [32], d [32, 4]: the registers of every lane.
+template <typename Type, int kLanes>
+__global__ void sparse_kernel(const uint32_t* a, const uint32_t* b, const uint32_t* chosen,
+                              float* d) {
+  uint32_t x[4], y[4];
+  float z[4];
+  const int lane = threadIdx.x;
+  for (int i = 0, at = lane * 4; i < 4; ++i, ++at) x[i] = a[at], y[i] = b[at], z[i] = d[at];
+  mma_m16n8k32_sparse<Type, kLanes>(z, x, y, chosen[lane]);
+  for (int i = 0; i < 4; ++i) d[lane * 4 + i] = z[i];
+}
+BLAQ_TEST_EXPORT const char* sparse(int bf16, int lanes, const uint32_t* a, const uint32_t* b,
+                                    const uint32_t* chosen, float* d) {
+  const auto kernel = bf16 ? lanes ? sparse_kernel<Bf16, 1> : sparse_kernel<Bf16, 0>
+                      : lanes ? sparse_kernel<Fp16, 1> : sparse_kernel<Fp16, 0>;
+  return emulate::message_of([&] { launch(kernel, {1, 32}, nullptr, a, b, chosen, d); });
+}
+
 // in: `count` matrices of 8 × 8 halves; out [32, count].
 template <int count, bool transposed>
 __global__ void ldmatrix_kernel(const uint4* in, uint32_t* out) {
