@@ -15,10 +15,9 @@ PYBIND11_MODULE(_C, m) {
       [] {
         py::dict info;
         info["compiler"] = __VERSION__;
-        info["cuda"] = false;
         return info;
       },
-      "How this library was built: compiler, and whether it holds CUDA kernels.");
+      "How this library was built: its compiler.");
   m.def("cpu_capability", &blaq::capability_name, "Name of the CPU kernels' variant in use.");
   m.def("cpu_capabilities", &blaq::capability_names,
         "Names of the variants that this processor can run, ascending.");

@@ -249,6 +249,7 @@ def test_env(capsys, tmp_path, monkeypatch):
     _, out, _ = call(capsys, "env")
     assert re.search(r"^  fused_step +\S", out, re.M) and "torch uses" in out
     assert (blaq_kernels.int8_kernels() or "no 8-bit kernels") in out
+    assert f"CUDA C++ kernels: {blaq_kernels.cuda.unavailable() or 'ready'}" in out
     assert f"BLAQ_DATA is {tmp_path}, with mnist" in out
 
 

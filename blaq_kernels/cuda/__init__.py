@@ -34,9 +34,9 @@ def unavailable() -> str:
     if importlib.util.find_spec("blaq_kernels._cuda") is None:
         return "blaq_kernels._cuda was not built (BLAQ_CUDA=1 and nvcc build it)"
     if torch.version.cuda is None:
-        return "this torch is built without CUDA"
+        return "blaq_kernels._cuda is for a torch that is built with CUDA, and this one is not"
     if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
+        return "blaq_kernels._cuda is for a GPU, and torch finds no CUDA device"
     return ""
 
 

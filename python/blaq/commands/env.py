@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import blaq_kernels
-from blaq_kernels import dispatch
+from blaq_kernels import cuda, dispatch
 
 from ..accuracy import get_accuracy
 from ..train.data import DATA, default_folder
@@ -49,6 +49,7 @@ def collect() -> dict[str, Any]:
                 "threads": torch.get_num_threads(), "int8": blaq_kernels.int8_kernels(),
                 "accuracy": get_accuracy()},
         "cuda": _cuda(),
+        "cuda_kernels": cuda.unavailable() or "ready; BLAQ_BACKEND=cuda chooses them",
         "ops": blaq_kernels.serving(),
         "cuda_ops": blaq_kernels.serving("cuda"),
         "data": {"BLAQ_DATA": os.environ.get("BLAQ_DATA"), "found": [
@@ -90,9 +91,10 @@ def _lines(report: dict[str, Any]) -> list[str]:
         if cpu["int8"] else
         "all in float32: no 8-bit kernels for this instruction set"))
     lines.append(f"CPU: {cpu['cores']} cores, torch uses {cpu['threads']} threads")
-    cuda = report["cuda"]
-    lines.append("CUDA: none" if cuda is None else
-                 f"CUDA {cuda['version']}: {', '.join(cuda['devices'])}")
+    device = report["cuda"]
+    lines.append("CUDA: none" if device is None else
+                 f"CUDA {device['version']}: {', '.join(device['devices'])}")
+    lines.append(f"CUDA C++ kernels: {report['cuda_kernels']}")
     for device, ops in (("CPU", "ops"), ("CUDA", "cuda_ops")):
         lines += ["", f"op, and what serves it on {device} tensors:"]
         lines += [f"  {op:18}{backend}" for op, backend in report[ops].items()]
