@@ -19,27 +19,12 @@ from torch import Tensor
 
 from . import fragments
 from .codebook import bits_of, midpoints
+from .flat import separate
+from .shapes import matrix_shape, scale_shape
 
 CURVATURE_FLOOR = 1e-8
 SCALE_TINY = 2.0**-100  # scale of an all-zero group: positive, and level × scale is a normal float
 ALTERNATING_TOLERANCE = 1e-6
-
-
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """``(N, K)`` of a weight: a conv weight counts as ``[out, in·kh·kw]``."""
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    return shape[0], math.prod(shape[1:])
-
-
-def scale_shape(shape: Sequence[int], group_size: int) -> tuple[int, ...]:
-    """Shape of ``scale`` for a weight of this shape."""
-    n, k = matrix_shape(shape)
-    if group_size == 0:
-        return (1,)
-    if group_size == -1:
-        return (n, 1)
-    return (n, -(-k // group_size))
 
 
 def to_groups(x: Tensor, group_size: int) -> Tensor:
@@ -251,6 +236,8 @@ def fused_trial(params, grads, latents, exp_avgs, exp_avg_sqs, scales, lr, step,
     part in stage 1: Eq. 6 does not clip."""
     if _skips(found_inf):
         return
+    latents, exp_avgs, exp_avg_sqs, scales = separate(params, group_size, latents, exp_avgs,
+                                                      exp_avg_sqs, scales)
     rate, count = lr.item(), step.item()
     for i, param in enumerate(params):
         exp_avg, exp_avg_sq = _moments(_unscaled(grads[i], grad_scale), exp_avgs[i], exp_avg_sqs[i],
@@ -270,6 +257,8 @@ def fused_step(params, grads, trial_grads, latents, exp_avgs, exp_avg_sqs, scale
     which go back to the codes of (latent, scale) that a trial may have overwritten. ``flips[i]``
     becomes the number of codes that this step changed.
     """
+    latents, exp_avgs, exp_avg_sqs, scales = separate(params, group_size, latents, exp_avgs,
+                                                      exp_avg_sqs, scales)
     rate, count, a = lr.item(), step.item(), backtrack.item()
     skip = _skips(found_inf)
     for i, param in enumerate(params):

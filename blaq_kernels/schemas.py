@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fragments
+from . import flat, fragments
 from .codebook import bits_of, check_levels
-from .reference import matrix_shape, scale_shape
+from .flat import STATES, is_flat, state_shapes
+from .shapes import matrix_shape, scale_shape
 
 LIBRARY = torch.library.Library("blaq", "DEF")
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -173,6 +174,14 @@ def _check_step_scalars(op: str, lr: Tensor, step: Tensor, beta1: float, beta2: 
     require(clip >= 0.0, op, "clip", "be at least 0 (0 is off)", clip)
 
 
+def _check_flat(op: str, name: str, x: Tensor, size: int, device: torch.device) -> None:
+    _dtype_in(op, name, x, (torch.float32,))
+    require(tuple(x.shape) == (size,), op, name, f"have shape [{size}] for all params",
+            list(x.shape))
+    require(x.device == device, op, name, f"be on params[0]'s device {device}", x.device)
+    _contiguous(op, name, x)
+
+
 def _check_lists(op: str, lists: dict[str, Sequence[Tensor]]) -> None:
     params = lists["params"]
     for name, tensors in lists.items():
@@ -216,6 +225,12 @@ def _check_fused(op: str, written: dict[str, Sequence[Tensor]], read: dict[str, 
                  levels: Sequence[float], group_size: int, grad_scale: Tensor | None,
                  found_inf: Tensor | None) -> None:
     lists = {**written, **read}
+    params = lists["params"]
+    for name in STATES:
+        if is_flat(lists[name], params):
+            shapes = state_shapes(name, params, group_size)
+            _check_flat(op, f"{name}[0]", lists[name][0], flat.length(shapes), params[0].device)
+            lists[name] = flat.split(lists[name][0], shapes)
     _check_lists(op, lists)
     for i, (param, scale) in enumerate(zip(lists["params"], lists["scales"], strict=True)):
         _scale(op, f"scales[{i}]", scale, param.shape, group_size, (torch.float32,), param.device)

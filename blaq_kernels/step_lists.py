@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import device as devices
+from .flat import separate
 from .schemas import check_flips, require
 from .tables import KEPT, Part, tables
 
@@ -97,7 +98,7 @@ def run(engine: Engine, op: str, rules: Callable[..., None], lists: Sequence[Seq
     settings = (*map(_setting, rest), _setting(stage.flips), _value(stage.backtrack))
     known = _known.get(key)
     if known is None or settings not in known.settings:
-        rules(*(lists if known is None else [tensors[:1] for tensors in lists]), *rest)
+        rules(*(lists if known is None else _firsts(lists, stage)), *rest)
         if stage.flips is not None:
             check_flips(op, stage.flips, len(params))
         if not params:
@@ -125,6 +126,13 @@ def _facts(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return tuple([(x.data_ptr(), x.shape, x.dtype, x.is_contiguous()) for x in tensors])
 
 
+def _firsts(lists: Sequence[Sequence[Tensor]], stage: Stage) -> list[Sequence[Tensor]]:
+    """The first tensor of each list that the rules take: states are the last of them."""
+    params = stage.lists[0]
+    states = separate(params, stage.group_size, *stage.lists[3:])
+    return [tensors[:1] for tensors in (*lists[:-len(states)], *states)]
+
+
 def _setting(x: Any) -> Any:
     """What rules and compiled code depend on; of a scalar tensor not the value."""
     if isinstance(x, Tensor):
@@ -138,7 +146,8 @@ def _value(x: Tensor | None) -> float | None:
 
 
 def _plan(engine: Engine, op: str, stage: Stage) -> Known:
-    addresses = [[x.data_ptr() for x in tensors] for tensors in stage.lists]
+    lists = (*stage.lists[:3], *separate(stage.lists[0], stage.group_size, *stage.lists[3:]))
+    addresses = [[x.data_ptr() for x in tensors] for tensors in lists]
     weights = tuple(
         (tuple(p.shape), p.dtype, all(column[i] % 16 == 0 for column in addresses[:6] if column))
         for i, p in enumerate(stage.lists[0]))

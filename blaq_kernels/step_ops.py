@@ -24,6 +24,7 @@ def fused_trial(engine: Engine, params: Sequence[Tensor], grads: Sequence[Tensor
         params: written; float32, bfloat16 or float16, contiguous, on one device.
         grads: as the params. latents, exp_avgs, exp_avg_sqs: float32 of the same shapes.
         scales: float32 ``[1]``, ``[N, 1]`` or ``[N, ceil(K/g)]``: where the alternation begins.
+            Each of these four may be one tensor for all params (flat.py).
         lr, step, grad_scale, found_inf: read on the device, when the kernel runs.
 
     Raises:

@@ -80,10 +80,11 @@ class TensorList {
     x.handle = handle;
     int64_t* sizes;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &x.data));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &x.numel));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &x.dim));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
     x.sizes = sizes;
+    x.numel = 1;
+    for (int64_t i = 0; i < x.dim; ++i) x.numel *= sizes[i];
     return x;
   }
 

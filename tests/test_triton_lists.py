@@ -6,7 +6,7 @@ from step_cases import (  # noqa: F401 (fixtures)
     DEVICE, STATE, make_state, scalar, tail,
 )
 
-from blaq_kernels import tables
+from blaq_kernels import flat, tables
 from blaq_kernels.triton import launch, plan, settle
 from blaq_kernels.triton.blend import blend
 from blaq_kernels.triton.fused_step import fused_step
@@ -95,6 +95,22 @@ def test_tables_are_kept_by_their_addresses():
     state["grads"] = [g.clone() for g in state["grads"]]
     fused_step(**state, **arguments)
     assert kept < len(tables.tables._kept) <= 2 * kept <= tables.KEPT
+
+
+def test_flat_states_are_those_of_their_weights():
+    levels = [0.5, 1.0]
+    lists, flats = (make_state(levels, -1, torch.float32) for _ in range(2))
+    views = {name: flat.join(flats[name]) for name in flat.STATES}
+    joined = {name: [flat.joined(views[name])] for name in flat.STATES}
+    arguments = tail(levels, -1) | {"backtrack": scalar(0.6)}
+    for clip in (0.5, 0.3):  # the second call's setting is new to a known list
+        fused_step(**(lists | arguments | {"clip": clip}))
+        fused_step(**(flats | joined | arguments | {"clip": clip}))
+    for name in STATE:
+        for a, b in zip(lists[name], (flats | views)[name], strict=True):
+            assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=r"scales\[0\] must have shape .* for all params"):
+        fused_step(**(flats | joined | arguments | {"scales": [torch.ones(1, device=DEVICE)]}))
 
 
 def test_a_table_that_a_graph_reads_stays(monkeypatch):

@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include <algorithm>
+#include <array>
 
 #include "cpu/step.h"
 #include "tensor_list.h"
@@ -99,14 +100,24 @@ struct Tail {
   }
 };
 
+void check_layout(const char* op, const TensorList& list, size_t i) {
+  const ListedTensor& x = list[i];
+  BLAQ_REQUIRE(x.is_contiguous(), op, list.name(i), "be contiguous", "strides " + list_text(x.strides()));
+}
+
+void check_listed_dtype(const char* op, const TensorList& list, size_t i, ScalarType dtype) {
+  BLAQ_REQUIRE(list[i].dtype == dtype, op, list.name(i), "be " + dtype_name(dtype),
+               dtype_name(list[i].dtype));
+}
+
 void check_listed(const char* op, const TensorList& list, size_t i, const ListedTensor& param,
                   ScalarType dtype) {
   const ListedTensor& x = list[i];
-  BLAQ_REQUIRE(x.dtype == dtype, op, list.name(i), "be " + dtype_name(dtype), dtype_name(x.dtype));
+  check_listed_dtype(op, list, i, dtype);
   BLAQ_REQUIRE(x.same_shape(param), op, list.name(i),
                "have the shape of params[" + text(i) + "] " + list_text(param.shape()),
                list_text(x.shape()));
-  BLAQ_REQUIRE(x.is_contiguous(), op, list.name(i), "be contiguous", "strides " + list_text(x.strides()));
+  check_layout(op, list, i);
 }
 
 MatrixShape matrix_shape(const ListedTensor& x) {
@@ -116,10 +127,14 @@ MatrixShape matrix_shape(const ListedTensor& x) {
   return {x.sizes[0], k};
 }
 
+int64_t scales_of(MatrixShape weight, int64_t group_size) {
+  return group_size == 0 ? 1 : weight.n * groups_per_row(weight.k, group_size);
+}
+
 void check_listed_scale(const char* op, const TensorList& scales, size_t i, MatrixShape weight,
                         int64_t group_size) {
   const ListedTensor& x = scales[i];
-  BLAQ_REQUIRE(x.dtype == ScalarType::Float, op, scales.name(i), "be float32", dtype_name(x.dtype));
+  check_listed_dtype(op, scales, i, ScalarType::Float);
   const int64_t groups = groups_per_row(weight.k, group_size);
   const bool ok = group_size == 0 ? x.dim == 1 && x.sizes[0] == 1
                                   : x.dim == 2 && x.sizes[0] == weight.n && x.sizes[1] == groups;
@@ -127,8 +142,46 @@ void check_listed_scale(const char* op, const TensorList& scales, size_t i, Matr
                "have shape " + (group_size == 0 ? std::string("[1]")
                                                 : list_text(std::vector<int64_t>{weight.n, groups})),
                list_text(x.shape()));
-  BLAQ_REQUIRE(x.is_contiguous(), op, scales.name(i), "be contiguous", "strides " + list_text(x.strides()));
+  check_layout(op, scales, i);
 }
+
+// A state of every weight: a tensor for each, or one tensor of all, in which each begins at a multiple of
+// kFlatAlignment elements (blaq_kernels/flat.py).
+bool is_flat(const TensorList& list, const TensorList& params) {
+  return list.size() == 1 && params.size() > 1;
+}
+
+class States {
+ public:
+  States(const TensorList& list, const TensorList& params) : list_(list), flat_(is_flat(list, params)) {}
+
+  const TensorList& list() const { return list_; }
+  bool flat() const { return flat_; }
+
+  // The next weight's, of `count` elements.
+  float* next(int64_t count) {
+    if (!flat_) return static_cast<float*>(list_[taken_++].data);
+    float* here = static_cast<float*>(list_[0].data) + taken_;
+    taken_ += (count + kFlatAlignment - 1) / kFlatAlignment * kFlatAlignment;
+    return here;
+  }
+
+  // After the last weight: whether a flat tensor is what was taken from it.
+  void check(const char* op) const {
+    if (!flat_) return;
+    const ListedTensor& x = list_[0];
+    check_listed_dtype(op, list_, 0, ScalarType::Float);
+    BLAQ_REQUIRE(x.dim == 1 && x.sizes[0] == taken_, op, list_.name(0),
+                 "have shape [" + text(taken_) + "] for all params", list_text(x.shape()));
+    check_layout(op, list_, 0);
+  }
+
+ private:
+  static constexpr int64_t kFlatAlignment = 16;
+  const TensorList& list_;
+  const bool flat_;
+  int64_t taken_ = 0;  // tensors, or elements of the flat one
+};
 
 // A stretch of memory; `tag` orders equal starts and says whether the op writes it.
 struct Span {
@@ -180,8 +233,12 @@ std::vector<Weight> weights_of(const char* op, const std::vector<const TensorLis
                                const TensorList* trial_grads, const TensorList& latents,
                                const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
                                const TensorList& scales, const Tail& tail) {
+  States latent(latents, params), exp_avg(exp_avgs, params), exp_avg_sq(exp_avg_sqs, params),
+      scale(scales, params);
+  const std::array states{&latent, &exp_avg, &exp_avg_sq};  // in the shape of their weight
   for (const TensorList* list : lists) {
-    BLAQ_REQUIRE(list->size() == params.size(), op, list->name(),
+    const bool is_state = list != &grads && list != trial_grads;
+    BLAQ_REQUIRE(list->size() == params.size() || (is_state && is_flat(*list, params)), op, list->name(),
                  "have as many tensors as params (" + text(params.size()) + ")", list->size());
   }
   std::vector<Weight> weights;
@@ -190,23 +247,24 @@ std::vector<Weight> weights_of(const char* op, const std::vector<const TensorLis
     const ListedTensor& param = params[i];
     BLAQ_REQUIRE(is_one_of(param.dtype, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}), op,
                  params.name(i), "be float32 or bfloat16 or float16", dtype_name(param.dtype));
-    BLAQ_REQUIRE(param.is_contiguous(), op, params.name(i), "be contiguous",
-                 "strides " + list_text(param.strides()));
+    check_layout(op, params, i);
     check_listed(op, grads, i, param, param.dtype);
     if (trial_grads) check_listed(op, *trial_grads, i, param, param.dtype);
-    for (const TensorList* state : {&latents, &exp_avgs, &exp_avg_sqs}) {
-      check_listed(op, *state, i, param, ScalarType::Float);
+    for (const States* state : states) {
+      if (!state->flat()) check_listed(op, state->list(), i, param, ScalarType::Float);
     }
     const MatrixShape shape = matrix_shape(param);
-    check_listed_scale(op, scales, i, shape, tail.group_size);
+    if (!scale.flat()) check_listed_scale(op, scales, i, shape, tail.group_size);
     const Dtype dtype = param.dtype == ScalarType::Float      ? Dtype::f32
                         : param.dtype == ScalarType::BFloat16 ? Dtype::bf16
                                                               : Dtype::f16;
+    const int64_t n = param.numel, scale_count = scales_of(shape, tail.group_size);
     weights.push_back({param.data, grads[i].data, trial_grads ? (*trial_grads)[i].data : nullptr,
-                       static_cast<float*>(latents[i].data), static_cast<float*>(exp_avgs[i].data),
-                       static_cast<float*>(exp_avg_sqs[i].data), static_cast<float*>(scales[i].data),
+                       latent.next(n), exp_avg.next(n), exp_avg_sq.next(n), scale.next(scale_count),
                        nullptr, shape.n, shape.k, dtype});
   }
+  for (const States* state : states) state->check(op);
+  scale.check(op);
   one_element(op, "grad_scale", tail.grad_scale, 1);
   one_element(op, "found_inf", tail.found_inf, 0);
   if (params.size()) check_overlap(op, lists, written);

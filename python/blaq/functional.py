@@ -77,7 +77,8 @@ def fused_trial(params: Sequence[Tensor], grads: Sequence[Tensor], latents: Sequ
         params: float32, bfloat16 or float16, contiguous; **written**.
         grads: like ``params``: gradients at ω̂.
         latents, exp_avgs, exp_avg_sqs: float32, shapes of ``params``: ω, m, v before this step.
-        scales: float32: warm start of the solve.
+        scales: float32: warm start of the solve. Each of these four may be one flat tensor instead,
+            for all params (blaq_kernels/flat.py): a call costs less.
         lr, step: 0-dim, float32 or float64; ``step`` counts this step, from 1.
         beta1, beta2, eps, weight_decay: AdamW's; the decay is decoupled.
         clip: no part in stage 1.

@@ -18,7 +18,9 @@ from ._buckets import (
     Bucket,
     Group,
     QuantizedBucket,
+    gather,
     new_state,
+    owned,
     write_param,
 )
 from .param_groups import check_group
@@ -334,18 +336,22 @@ class BLAQ(Optimizer):
             self._fill_buckets(lambda param: param.grad is not None)
         return self._buckets
 
-    def _fill_buckets(self, active: Callable[[Tensor], bool] = lambda param: True) -> None:
-        """Sort the parameters into buckets, those without a gradient aside."""
+    def _fill_buckets(self, active: Callable[[Tensor], bool] | None = None) -> None:
+        """Sort the parameters into buckets, those without a gradient aside. States are gathered
+        only where all are active: which have a gradient may change with every step."""
         self._buckets, self._idle = [], []
         for group in self.param_groups:
             members: dict[tuple[Any, ...], list[Tensor]] = {}
             for param in group["params"]:
                 state = self.state[param]
                 alike = (param.dtype, param.device, state["step"].item(), "blended" in state)
-                members.setdefault((active(param), *alike), []).append(param)
+                members.setdefault((active is None or active(param), *alike), []).append(param)
             kind = QuantizedBucket if group["bits"] in BLAQ_BITS else AdamWBucket
             for (is_active, *_), params in members.items():
-                bucket = kind(group, params, [self.state[param] for param in params])
+                states = [self.state[param] for param in params]
+                if active is None and kind is QuantizedBucket:
+                    gather(states)
+                bucket = kind(group, params, states)
                 (self._buckets if is_active else self._idle).append(bucket)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -389,7 +395,8 @@ class BLAQ(Optimizer):
                                 f"have shape {list(tensor.shape)}", shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_modules": self._modules, "_skipped": self._skipped}
+        return {**super().__getstate__(), "state": owned(self.state), "_modules": self._modules,
+                "_skipped": self._skipped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

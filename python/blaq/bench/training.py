@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blaq_kernels import reference
+from blaq_kernels import flat, reference
 
 from ..optim import BLAQ as BLAQOptimizer
 from .case import BLAQ, Case, Table, Variant
@@ -49,6 +49,15 @@ def make_state(case: Case) -> Lists:
         lists["exp_avgs"].append(torch.randn(elements) * 1e-3)
         lists["exp_avg_sqs"].append(torch.rand(elements) * 1e-4)
     return lists
+
+
+def _flattened(state: Lists) -> Lists:
+    """The same, as the optimizer keeps it: each state in one tensor for all weights."""
+    def whole(tensors: list[Tensor]) -> list[Tensor]:
+        joined = flat.joined(flat.join(tensors))
+        return tensors if joined is None else [joined]
+
+    return state | {name: whole(state[name]) for name in flat.STATES}
 
 
 def _tail(case: Case) -> dict[str, Any]:
@@ -103,7 +112,7 @@ def _fused(parts: str, case: Case, full: bool) -> list[Variant]:
     gradient and three float32 states and writes a param; the step reads one gradient more and
     writes the states too."""
     def variant(name: str, trial: Callable[..., None], step: Callable[..., None]) -> Variant:
-        state = make_state(case)
+        state = make_state(case) if name != BLAQ else _flattened(make_state(case))
         calls = {"trial": _trial(trial, state, case), "step": _step(step, state, case)}
         calls["both"] = _both(calls["trial"], calls["step"])
         return Variant(name, calls[parts], nbytes if name == BLAQ else 0)
