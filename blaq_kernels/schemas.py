@@ -373,7 +373,7 @@ def _check_repacked(op: str, repacked: Tensor | None, qweight: Tensor, accuracy:
     require(accuracy in ACCURACIES, op, "accuracy", "be 'exact', 'high' or 'fast'", repr(accuracy))
     if repacked is not None:
         _dtype_in(op, "repacked", repacked, (torch.uint8,))
-        shape = shape or (repacked_bytes(*qweight.shape),)
+        shape = shape or (repacked_bytes(*qweight.shape, qweight.device.type),)
         require(tuple(repacked.shape) == shape, op, "repacked", f"have shape {list(shape)}",
                 list(repacked.shape))
         _contiguous(op, "repacked", repacked)

@@ -9,6 +9,9 @@ import sys
 import pytest
 import torch
 
+from torch._subclasses import FakeTensorMode
+
+import blaq
 import blaq_kernels
 from blaq_kernels import cuda, fragments, schemas
 from blaq_kernels.codebook import levels_of
@@ -143,6 +146,51 @@ def test_rules_are_those_of_every_backend(kernels):
         with pytest.raises(ValueError, match=f"blaq.packed_linear: {name} must .*{rule}"):
             call(**{**good, name: bad})
     assert kernels == []
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_what_repack_makes_on_a_gpu_passes_the_rules(bits):
+    with FakeTensorMode():
+        qweight = torch.empty(bits, 37, 13, dtype=torch.uint8, device="cuda")
+        x, scale = (torch.empty(*s, device="cuda") for s in ((3, 100), (37, 1)))
+        args = x, qweight, scale, None, levels_of("pow2", bits), -1
+        repacked = torch.ops.blaq.repack(qweight)
+        schemas.check_packed_linear(*args, repacked)
+        short = torch.empty(repacked.numel() - 1, dtype=torch.uint8, device="cuda")
+        with pytest.raises(ValueError, match="repacked must have shape"):
+            schemas.check_packed_linear(*args, short)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 8, 16])
+def test_a_repacked_weight_that_no_wide_load_fits_is_not_read(kernels, offset):
+    args = meta_call(1, torch.float16)
+    memory = torch.empty(args["repacked"].numel() + offset + 16, dtype=torch.uint8)
+    at = -memory.data_ptr() % 16 + offset
+    args["repacked"] = memory[at:at + args["repacked"].numel()]
+    assert call(**args) == ("otherwise" if offset % 16 else "packed_linear")
+
+
+def test_out_of_memory_while_repacking_changes_nothing(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(40, 24))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.where(torch.rand(24, 40) < 0.5, -0.25, 0.25))
+    layer = blaq.pack(model, bits=1)[0]
+    before = {key: x.clone() for key, x in layer.state_dict().items()}
+    x = torch.randn(2, 40)
+    with monkeypatch.context() as short_of_memory:
+        def repack():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        short_of_memory.setattr(layer, "_wants_repacked", lambda qweight: True)
+        short_of_memory.setattr(layer, "_repack", repack)
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                layer.repacked()
+        assert layer._repacked is None
+    after = layer.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    dense = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    assert (layer(x) - dense).norm() <= 1e-2 * dense.norm()
 
 
 def test_a_repacked_weight_has_the_size_that_the_fake_says():

@@ -30,6 +30,6 @@ def binary_linear(otherwise: Callable[..., Tensor], input: Tensor, qweight: Tens
     if not cuda.covers(input.device):
         return otherwise(*args, repacked)
     check_binary_linear(*args, repacked)
-    if repacked is None:
+    if repacked is None or repacked.data_ptr() % 16:  # the kernels read 16 bytes at once
         repacked = torch.ops.blaq.binary_repack.default(qweight, input.shape[-1], 1, 1)
     return torch.ops.blaq_cuda.binary_linear.default(*args, repacked)

@@ -58,8 +58,8 @@ def packed_linear(otherwise: Callable[..., Tensor], input: Tensor, qweight: Tens
         if len(_kernels) >= MOST_CALLS:
             _kernels.clear()
         kernel = _kernels[key] = _kernel_for(*args)
-    if not kernel:
-        return otherwise(*args)
+    if not kernel or kernel == "packed_linear" and repacked.data_ptr() % 16:
+        return otherwise(*args)  # it reads 16 bytes at once
     return getattr(torch.ops.blaq_cuda, kernel).default(*args)
 
 
