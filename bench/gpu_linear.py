@@ -66,7 +66,8 @@ def build(case: Case) -> tuple[dict[str, Variant], dict[str, object]]:
     if m > MAX_ROWS and not cuda.unavailable() and serves_int8(x.device):
         calls = int8_calls(x, weights, levels)
         variants["blaq CUDA C++, 8 bits"] = Variant(calls, packed_bytes + activations, operations)
-        extra["error in 8 bits"] = ((calls[0]()[rows].double() - exact).norm() / exact.norm()).item()
+        error = ((calls[0]()[rows].double() - exact).norm() / exact.norm()).item()
+        extra["error in 8 bits"] = error
     if bits == 4:
         for name in PEERS:
             if call := peer(name, x, dense[0]):

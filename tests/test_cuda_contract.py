@@ -86,9 +86,9 @@ def test_training_kernels_keep_their_contract(tmp_path):
 
 @needs_tools
 def test_products_of_bytes_keep_their_contract(tmp_path):
-    """By warpgroups, with sums in registers beside the integers: the fullest kernel is that of 4 bits."""
+    """By warpgroups, with sums in registers beside the integers: 4 bits take most."""
     source = ('#include "cuda/int8_warpgroup_kernel.h"\ntemplate __global__ void '
-              "blaq::int8_warpgroup_kernel<4>(const __grid_constant__ blaq::Int8Product);\n")
+              "blaq::int8_warpgroup_kernel<4>(const __grid_constant__ blaq::Int8Clusters);\n")
     rows = {row.name: row for row in contract.measure(compiled(tmp_path, "int8", source))}
     row = rows["packed_linear in 8 bits by warpgroups W4"]
     assert not row.faults and row.tensor_cores == 8 and row.registers <= 168

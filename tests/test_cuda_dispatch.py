@@ -115,15 +115,17 @@ def test_many_rows_are_rounded_to_8_bits_where_that_is_asked_for(kernels):
             assert call(**meta_call(65, dtype, repacked=repacked, accuracy="high")) == "otherwise"
             few = "packed_linear" if repacked and dtype != torch.float32 else "otherwise"
             assert call(**meta_call(64, dtype, **fast)) == few
-    for group_size, groups, kernel in ((32, 4, "otherwise"), (128, 1, "packed_int8"), (192, 1, "otherwise")):
-        grouped = {"group_size": group_size, "scale": torch.empty(40, groups, device="meta"), "accuracy": "fast"}
+    for group_size, kernel in ((32, "otherwise"), (128, "packed_int8"), (192, "otherwise")):
+        scale = torch.empty(40, -(-100 // group_size), device="meta")
+        grouped = {"group_size": group_size, "scale": scale, "accuracy": "fast"}
         assert call(**meta_call(65, torch.float16, **grouped)) == kernel
 
 
 def test_what_integers_cannot_do_goes_elsewhere(kernels, monkeypatch):
     """Books with codes that have no level, and devices whose int8 rate other instructions have."""
     fast = {"accuracy": "fast"}
-    assert call(**meta_call(100, torch.float16, bits=3, **fast, levels=(0.25, 0.5, 1.0))) == "otherwise"
+    three = {"bits": 3, "levels": (0.25, 0.5, 1.0)}
+    assert call(**meta_call(100, torch.float16, **three, **fast)) == "otherwise"
     for major, kernel in ((8, "packed_int8"), (12, "packed_int8"), (10, "otherwise")):
         monkeypatch.setattr(cuda, "major", lambda device, major=major: major)
         assert call(**meta_call(101 + major, torch.float16, **fast)) == kernel

@@ -158,7 +158,8 @@ def test_a_warpgroups_product_of_bytes(lib, adds):
     place = np.ix_(range(128), range(16), range(4))
     at = (row[place[0]] + place[2] // 2 * 8, 8 * place[1] + 2 * t[place[0]] + place[2] % 2)
     actual = np.ascontiguousarray(d[at])
-    lib.warpgroup(registers, np.ascontiguousarray(b.reshape(128, 2, 4).swapaxes(0, 1)), actual, adds)
+    halves = np.ascontiguousarray(b.reshape(128, 2, 4).swapaxes(0, 1))
+    lib.warpgroup(registers, halves, actual, adds)
     product = a.view(np.int8).astype(np.int32) @ b.view(np.int8).astype(np.int32).T
     assert np.array_equal(actual, (product + adds * d)[at])
 

@@ -1,5 +1,5 @@
-"""packed_linear in 8-bit arithmetic by CUDA's tensor cores, in host emulation: rounding, decoding, both ways
-to multiply, against integers by numpy, float64, and the CPU's own 8 bits."""
+"""packed_linear in 8-bit arithmetic by CUDA's tensor cores, in host emulation: rounding, decoding,
+both ways to multiply, against integers by numpy, float64, and the CPU's own 8 bits."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,8 @@ def integers(levels, bits):
 def rounded(lib, x, offset=0):
     """The chunks of rows as the kernel makes them."""
     m, k = x.shape
-    chunks = guarded(np.full((-(-m // 128) * -(-k // 256) * 2,), 77, np.uint8).repeat(CHUNK.itemsize))
+    count = -(-m // 128) * -(-k // 256) * 2
+    chunks = guarded(np.full(count * CHUNK.itemsize, 77, np.uint8))
     lib.rows(TYPES.index(x.dtype), array(x, offset), m, k, chunks)
     return chunks
 
@@ -54,7 +55,8 @@ def plain(chunks, m, k):
     lane, half, byte, step = np.meshgrid(*map(np.arange, (4, 2, 4, 4)), indexing="ij")
     at = (32 * lane + 16 * half + 4 * byte + step).ravel()
     whole = np.zeros((*tiles.shape, 128, 128), np.int8)  # [tile, chunk, row, input]
-    whole[..., at] = tiles["bytes"].transpose(0, 1, 3, 2, 4)[..., (2 * step + half).ravel(), (4 * lane + byte).ravel()]
+    of_rows = tiles["bytes"].transpose(0, 1, 3, 2, 4)
+    whole[..., at] = of_rows[..., (2 * step + half).ravel(), (4 * lane + byte).ravel()]
     numbers = whole.transpose(0, 2, 1, 3).reshape(len(tiles) * 128, -1)
     units = tiles["unit"].transpose(0, 2, 1).reshape(len(tiles) * 128, -1)
     assert np.array_equal(units[:, ::2], units[:, 1::2], equal_nan=True)
@@ -79,8 +81,8 @@ def test_every_code_at_every_place_decodes(lib, bits):
     """Fragments by the layout of a product's left operand, of planes of random bits."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 2**bits, (40, 2, 32))  # of a lane: two outputs' neighbours
-    planes = np.stack([np.packbits(codes >> b & 1, axis=-1, bitorder="little").view(np.uint32)[..., 0]
-                       for b in range(bits)], -1)
+    planes = np.stack([np.packbits(codes >> b & 1, axis=-1, bitorder="little") for b in range(bits)])
+    planes = planes.view(np.uint32)[..., 0].transpose(1, 2, 0)
     table = rng.permutation(np.arange(-128, 128))[:16].astype(np.int8)
     out = np.zeros((40, 4, 4), np.uint32)
     lib.decode(bits, np.ascontiguousarray(planes), 40, table, out)
@@ -97,8 +99,8 @@ def product(lib, way, x, qweight, scale, bias, levels, group_size, multiprocesso
     lib.pad(array(qweight), bits * n, row_bytes, planes)
     table, unit = integers(levels, bits)
     out = array(torch.full((m, n), float("nan"), dtype=x.dtype))
-    lib.product(WAYS[way], bits, TYPES.index(x.dtype), rounded(lib, x), planes, planes.shape[1], array(scale),
-                0 if group_size == 0 else scale.shape[1], max(group_size, 0),
+    lib.product(WAYS[way], bits, TYPES.index(x.dtype), rounded(lib, x), planes, planes.shape[1],
+                array(scale), 0 if group_size == 0 else scale.shape[1], max(group_size, 0),
                 None if bias is None else array(bias), out, m, n, k, table, unit, multiprocessors)
     return torch.from_numpy(out.copy()).view(x.dtype)
 
@@ -108,12 +110,13 @@ def case(m, n, k, bits, dtype, group_size, codebook="pow2"):
     codes = torch.randint(0, len(levels), (n, k), dtype=torch.uint8)
     codes |= torch.randint(0, 2, (n, k), dtype=torch.uint8) << (bits - 1)
     scale = torch.rand(ref.scale_shape((n, k), group_size)) + 0.5
-    return torch.randn(m, k).to(dtype), ref.pack(codes, bits), scale, torch.randn(n).to(dtype), levels, group_size
+    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+    return x, ref.pack(codes, bits), scale, bias, levels, group_size
 
 
 def exact(x, qweight, scale, bias, levels, group_size):
-    return ref.packed_linear(x.double(), qweight, scale.to(x.dtype).double(), None if bias is None else bias.double(),
-                             levels, group_size)
+    bias = None if bias is None else bias.double()
+    return ref.packed_linear(x.double(), qweight, scale.to(x.dtype).double(), bias, levels, group_size)
 
 
 def error(actual, expected):
@@ -123,8 +126,8 @@ def error(actual, expected):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("bits", (1, 2, 3, 4))
 def test_error_is_that_of_8_bits(lib, bits, way):
-    for (m, n, k, group_size), dtype in zip(((20, 70, 300, -1), (131, 129, 129, 0), (9, 24, 513, 128)), TYPES,
-                                            strict=True):
+    shapes = (20, 70, 300, -1), (131, 129, 129, 0), (9, 24, 513, 128)
+    for (m, n, k, group_size), dtype in zip(shapes, TYPES, strict=True):
         args = case(m, n, k, bits, dtype, group_size)
         assert error(product(lib, way, *args), exact(*args)) <= 1e-2
 
@@ -138,7 +141,7 @@ def test_other_codebooks_round_their_levels_too(lib, codebook):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_sums_are_exact_where_inputs_are_whole(lib, way):
-    """Inputs that 8 bits hold, powers of two but 4 bits' largest, every kind of group: no error at all."""
+    """Inputs that 8 bits hold, powers of two, every kind of group: no error at all."""
     for group_size, k in ((0, 600), (256, 700), (384, 800)):
         x, qweight, scale, bias, levels, _ = case(12, 20, k, 3, torch.float32, group_size)
         x = torch.randint(-127, 128, x.shape).float()
@@ -163,6 +166,14 @@ def test_large_channels_cost_only_their_neighbours_precision(lib):
         assert error(actual, expected) <= 1.5 * error(on_cpu, expected)
 
 
+def test_clusters_of_four_blocks(lib):
+    """Where they divide the outputs; the last one's tile has few."""
+    for m, multiprocessors in ((5, 4), (130, 8)):
+        args = case(m, 390, 200, 2, torch.bfloat16, -1)
+        actual = product(lib, "warpgroups", *args, multiprocessors=multiprocessors)
+        assert error(actual, exact(*args)) <= 1e-2
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_that_are_not_finite_are_nan_and_no_other_row_is(lib, way):
     x, *rest = case(6, 10, 300, 2, torch.float32, 0)
@@ -175,7 +186,7 @@ def test_rows_that_are_not_finite_are_nan_and_no_other_row_is(lib, way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_no_order_of_threads_changes_a_result(lib, way):
-    """And no number of multiprocessors: a block that takes several tiles, and a ring that goes round."""
+    """And no number of multiprocessors: blocks that take several tiles, a ring that goes round."""
     args = case(10, 150, 800, 4, torch.bfloat16, 128)
     results = []
     for order in ORDERS:

@@ -20,8 +20,8 @@ DTYPES = (torch.float16, torch.bfloat16)
 INT8_DTYPES = (*DTYPES, torch.float32)
 INT8_GROUP = 128  # inputs of a chunk, with which sums of a group can end
 INT8_MAJORS = (8, 9, 12)
-"""Compute capabilities whose int8 products have twice the rate of bfloat16's by the instructions that the
-kernels use: mma.sync, on 9.0 wgmma. On 10.0 only tcgen05 has a rate worth it, so Triton serves."""
+"""Compute capabilities whose int8 products have twice the rate of bfloat16's by the instructions
+that the kernels use: mma.sync, on 9.0 wgmma. On 10.0 only tcgen05 has such a rate: Triton serves."""
 MOST_CALLS = 4096
 _kernels: dict[object, str] = {}  # for calls whose arguments have passed the rules: who serves them
 
@@ -33,13 +33,13 @@ def packed_linear(otherwise: Callable[..., Tensor], input: Tensor, qweight: Tens
 
     Args:
         otherwise: serves the rest of what is 1 to 64 rows of float16 or bfloat16 and a repacked weight,
-            or more rows, also of float32, with accuracy ``fast`` and scales of a tensor, a row or a multiple
-            of 128 inputs.
+            or more rows, also of float32, with accuracy ``fast`` and scales of a tensor, a row or a
+            multiple of 128 inputs.
         input: ``[..., K]``, any layout.
         qweight, scale, bias, levels, group_size: as ``reference.packed_linear`` has them.
         repacked: ``repack(qweight)``, made on this device.
-        accuracy: ``fast`` lets more than 64 rows be rounded to 8 bits, in a unit for each 256 inputs: below
-            1e-2 off on Gaussian inputs; a row with NaN or Inf becomes NaN. All else is exact.
+        accuracy: ``fast`` lets more than 64 rows be rounded to 8 bits, in a unit for each 256 inputs:
+            below 1e-2 off on Gaussian inputs; a row with NaN or Inf becomes NaN. All else is exact.
 
     Returns:
         ``[..., N]`` of the input's dtype: sums in float32 (or int32), rounded once.

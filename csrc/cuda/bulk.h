@@ -115,8 +115,7 @@ BLAQ_DEVICE void arrive_in_block(Barrier& barrier, int of_cluster) {
 #if defined(__CUDACC__)
   BLAQ_SM90A(
       "{ .reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(
-          shared_address(&barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(shared_address(&barrier)),
       "r"(of_cluster) : "memory");
 #else
   arrive(*emulate::in_block(&barrier, of_cluster));
@@ -149,8 +148,7 @@ BLAQ_DEVICE void wait_for_phase(Barrier& barrier, uint32_t parity) {
 
 // Global memory to the same place in the shared memory of all `blocks` of the cluster: whole
 // multiples of 16 bytes, of which each block's barrier hears.
-template <int blocks>
-BLAQ_DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier& barrier) {
+BLAQ_DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier& barrier, int blocks) {
 #if defined(__CUDACC__)
   BLAQ_SM90A(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
@@ -169,18 +167,6 @@ BLAQ_DEVICE void bulk_copy(void* to, const void* from, int bytes, Barrier& barri
     std::memset(there, emulate::kPoison, bytes);
   }
   emulate::wake_waiting();
-#endif
-}
-
-BLAQ_DEVICE int number_in_cluster() {
-#if defined(__CUDACC__)
-  int number = 0;
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(number));
-#endif
-  return number;
-#else
-  return emulate::self().of_cluster;
 #endif
 }
 

@@ -128,6 +128,7 @@ struct Machine {
   sigjmp_buf fault;
   ucontext_t root;
   std::function<void()> body;
+  unsigned multiprocessors = 4;
   uint32_t order = 0;  // 0: ascending; 1: descending; others: seed of a shuffle
 };
 inline Machine machine;
@@ -397,6 +398,11 @@ template <typename... Parameters, typename... Arguments>
 void launch_after(void (*kernel)(Parameters...), const Grid& grid, Stream stream,
                   Arguments... arguments) {
   launch(kernel, grid, stream, arguments...);
+}
+
+template <typename... Parameters>
+unsigned clusters_at_once(void (*)(Parameters...), const Grid& grid) {
+  return emulate::machine.multiprocessors / grid.cluster;
 }
 
 template <typename T>

@@ -47,14 +47,15 @@ __global__ void __launch_bounds__(kMmaThreads)
     cp_async_commit();
   };
   uint32_t words[2][2][bits], next[2][2][bits];
+  const int64_t plane_bytes = call.planes.n * call.planes.row_bytes;
+  const uint8_t* words_of[2][2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words_of[i / 2][i % 2] = call.planes.words_of(output + 8 * i + g);
   const auto load = [&](int chunk) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int o = 0; o < 2; ++o) {
-        load_words<bits>(call.planes, output + 16 * i + 8 * o + g, min(chunk, call.chunks - 1),
-                         next[i][o]);
-      }
+    for (int i = 0; i < 4; ++i) {
+      load_words<bits>(words_of[i / 2][i % 2], plane_bytes, min(chunk, call.chunks - 1),
+                       next[i / 2][i % 2]);
     }
   };
 

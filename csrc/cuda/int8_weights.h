@@ -29,17 +29,22 @@ struct SharedLevels {
 struct Planes {
   const uint8_t* start;  // [bits, n, row_bytes], 4-byte aligned
   int64_t n, row_bytes;  // row_bytes: a multiple of 32
+
+  // This lane's words of an output; past the last, which is never stored, the last's.
+  BLAQ_DEVICE const uint8_t* words_of(int64_t output) const {
+    return start + (output < n ? output : n - 1) * row_bytes + threadIdx.x % 4 * 4;
+  }
 };
 
-// Of one output, a chunk's words of this lane.
+// A chunk's words of one output; plane_bytes: n · row_bytes.
 template <int bits>
-BLAQ_DEVICE void load_words(const Planes& planes, int64_t output, int64_t chunk,
+BLAQ_DEVICE void load_words(const uint8_t* words_of, int64_t plane_bytes, int chunk,
                             uint32_t (&words)[bits]) {
-  const int64_t row = output < planes.n ? output : planes.n - 1;  // past the last: never stored
-  const uint8_t* from = planes.start + row * planes.row_bytes + chunk * 16 + threadIdx.x % 4 * 4;
+  words_of += chunk * 16;
 #pragma unroll
   for (int b = 0; b < bits; ++b) {
-    words[b] = __ldg(reinterpret_cast<const uint32_t*>(from + b * planes.n * planes.row_bytes));
+    words[b] = __ldg(reinterpret_cast<const uint32_t*>(words_of));
+    words_of += plane_bytes;
   }
 }
 

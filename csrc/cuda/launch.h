@@ -24,32 +24,37 @@ inline void check_cuda(cudaError_t status) {
 
 namespace detail {
 
+// A launch's shape and attributes as the runtime takes them.
+struct Config {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+
+  Config(const void* kernel, const Grid& grid, Stream stream, bool overlaps) {
+    if (grid.shared > 48 << 10) {  // more than every architecture grants unasked
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(grid.shared)));
+    }
+    config.gridDim = grid.blocks;
+    config.blockDim = grid.threads;
+    config.dynamicSmemBytes = grid.shared;
+    config.stream = stream;
+    config.attrs = attributes;
+    if (overlaps) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (grid.cluster > 1) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[config.numAttrs++].val.clusterDim = {grid.cluster, 1, 1};
+    }
+  }
+};
+
 template <typename... Parameters>
 void start(void (*kernel)(Parameters...), const Grid& grid, Stream stream, bool overlaps,
            Parameters... arguments) {
-  if (grid.shared > 48 << 10) {  // more than every architecture grants unasked
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(grid.shared)));
-  }
-  cudaLaunchAttribute attributes[2] = {};
-  unsigned count = 0;
-  if (overlaps) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (grid.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {grid.cluster, 1, 1};
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid.blocks;
-  config.blockDim = grid.threads;
-  config.dynamicSmemBytes = grid.shared;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...));
+  const Config made(reinterpret_cast<const void*>(kernel), grid, stream, overlaps);
+  check_cuda(cudaLaunchKernelEx(&made.config, kernel, arguments...));
 }
 
 }  // namespace detail
@@ -74,6 +79,16 @@ void launch_after(void (*kernel)(Parameters...), const Grid& grid, Stream stream
                   Arguments... arguments) {
   const bool overlaps = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
   detail::start<Parameters...>(kernel, grid, stream, overlaps, static_cast<Parameters>(arguments)...);
+}
+
+// How many clusters of `kernel` the device runs at once.
+template <typename... Parameters>
+unsigned clusters_at_once(void (*kernel)(Parameters...), const Grid& grid) {
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  const detail::Config made(function, grid, nullptr, false);
+  int clusters = 0;
+  check_cuda(cudaOccupancyMaxActiveClusters(&clusters, function, &made.config));
+  return static_cast<unsigned>(clusters);
 }
 
 template <typename T>

@@ -28,7 +28,7 @@ float set_levels(const std::vector<double>& levels, int bits, LevelBytes& bytes)
 template <int bits>
 void multiply(const Int8Product& call, Stream stream) {
   if (device_attribute(cudaDevAttrComputeCapabilityMajor) == 9) {
-    launch_by_warpgroups<bits>(call, multiprocessors(), stream);
+    launch_by_warpgroups<bits>(call, stream);
   } else {
     launch_by_warps<bits>(call, stream);
   }

@@ -19,6 +19,12 @@ struct MatrixB {
   __device__ __forceinline__ MatrixB(const void* start, uint32_t along_k, uint32_t along_n)
       : bits(uint64_t{(static_cast<uint32_t>(__cvta_generic_to_shared(start)) & 0x3ffff) >> 4} |
              uint64_t{along_k >> 4} << 16 | uint64_t{along_n >> 4} << 32) {}
+  // The same, `bytes` further on.
+  __device__ __forceinline__ MatrixB moved(uint32_t bytes) const {
+    MatrixB other = *this;
+    other.bits += bytes >> 4;
+    return other;
+  }
 #else
   const unsigned char* start;
   uint32_t along_k, along_n;
@@ -26,6 +32,7 @@ struct MatrixB {
       : start(static_cast<const unsigned char*>(start_)), along_k(along_k_), along_n(along_n_) {
     emulate::check_aligned(start, 16, "MatrixB");
   }
+  MatrixB moved(uint32_t bytes) const { return {start + bytes, along_k, along_n}; }
   uint32_t word(int column, int i) const {  // 32 bits of a column, i from 0 to 7
     uint32_t bits;
     std::memcpy(&bits, start + i / 4 * along_k + column / 8 * along_n + column % 8 * 16 + i % 4 * 4, 4);

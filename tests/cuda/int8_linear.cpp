@@ -66,11 +66,11 @@ BLAQ_TEST_EXPORT const char* product(int64_t by_warpgroups, int64_t bits, int64_
                       static_cast<Number>(type)};
   std::copy_n(levels, 4, call.levels.word);
   const auto run = [&]<int b>() {
-    if (by_warpgroups)
-      return launch_by_warpgroups<b>(call, static_cast<int>(multiprocessors), nullptr);
+    if (by_warpgroups) return launch_by_warpgroups<b>(call, nullptr);
     launch_by_warps<b>(call, nullptr);
   };
   return emulate::message_of([&] {
+    emulate::machine.multiprocessors = multiprocessors;
     if (bits == 1) run.template operator()<1>();
     if (bits == 2) run.template operator()<2>();
     if (bits == 3) run.template operator()<3>();

@@ -192,7 +192,7 @@ __global__ void fault_kernel(int which, uint32_t* memory) {
       wait_for_phase(barrier, 0);
       break;
     }
-    case 12: if (thread == 0) bulk_copy<1>(words, memory, 12, *dynamic_shared<Barrier>()); break;
+    case 12: if (thread == 0) bulk_copy(words, memory, 12, *dynamic_shared<Barrier>(), 1); break;
   }
 }
 BLAQ_TEST_EXPORT const char* fault(int which, uint32_t* memory, uint32_t order) {
@@ -209,12 +209,12 @@ __global__ void cluster_kernel(const uint32_t* in, uint32_t* out) {
     Barrier full;
   };
   Shared& memory = *dynamic_shared<Shared>();
-  const int block = number_in_cluster();
+  const int block = blockIdx.x;
   if (threadIdx.x == 0) init_barrier(memory.full, 1), fence_barriers();
   sync_cluster();
   if (threadIdx.x == 5) {
     arrive_and_expect(memory.full, sizeof memory.words);
-    bulk_copy<2>(memory.words + 32 * block, in + 32 * block, 128, memory.full);
+    bulk_copy(memory.words + 32 * block, in + 32 * block, 128, memory.full, 2);
   }
   wait_for_phase(memory.full, 0);
   out[blockIdx.x * 64 + threadIdx.x] = memory.words[threadIdx.x];
