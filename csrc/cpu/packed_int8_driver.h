@@ -27,6 +27,15 @@ struct Prepared {
   int64_t segments;
 };
 
+// The words of a row that a tile is prepared for at a time.
+struct Chunk {
+  int64_t word;  // the first
+  int words, segment_words;
+  bool last;
+  float* before;  // [row][output]: what earlier chunks made; only where there are several
+  int64_t before_stride;
+};
+
 // One shape of the kernel. WORDS 4 is the way by levels.
 template <int WORDS, int DIGITS, bool FORM>
 struct Kernel {
@@ -52,6 +61,7 @@ struct Kernel {
     constexpr float kMost = kTables ? TableWay::kMost : kMostInput<DIGITS>;
     for (int w = 0; w < words; w += segment_words) {
       const int count = std::min(segment_words, words - w);
+      for (int i = 0; i < 2 * count; ++i) __builtin_prefetch(x + (w + count) * 32 + 16 * i);  // the next segment
       float most;
       if constexpr (kTables) {
         most = largest_level * tables.largest(x + w * 32, count * 32);
@@ -72,29 +82,47 @@ struct Kernel {
     return true;
   }
 
-  // totals[r][16 v + lane] += the product over the prepared words, from word0 on.
+  // The product of MR rows from `row` on and 16 NV outputs over the prepared words, from word0 on, and all before
+  // them, which `before` keeps where there is more than one chunk.
   template <int MR, int NV>
-  void add(const Prepared& tile, int64_t output, int64_t word0, int words, int segment_words,
-           float* totals, int64_t totals_stride) const {
+  void add(const Prepared& tile, const Product& product, int row, int64_t output, const Chunk& chunk) const {
     const int64_t step = padded(weight.k) / 32 * WORDS * 64;
-    alignas(64) float scale[kMostSegments * 16 * NV];
-    if (weight.group_size > 0) group_scales<NV>(output, word0, words, segment_words, scale);
-    const Block block{repacked + output / 16 * step + word0 * WORDS * 64, step, tile.data, tile.stride, words,
-                      segment_words, tile.unit, tile.offset, tile.segments,
-                      weight.group_size > 0 ? scale : nullptr, totals, totals_stride};
+    alignas(64) float scale[kMostSegments * 16 * NV], totals[MR][16 * NV];
+    if (weight.group_size > 0) group_scales<NV>(output, chunk, scale);
+    float* before = chunk.before + row * chunk.before_stride + output - product.begin;
+    for (int r = 0; r < MR; ++r) {
+      // The result is far away: it comes meanwhile.
+      const float* out = product.out + (row + r) * product.out_stride + output - product.begin;
+      for (int v = 0; v < NV; ++v) __builtin_prefetch(out + 16 * v, 1);
+      if (chunk.word == 0) {
+        std::memset(totals[r], 0, sizeof totals[r]);
+      } else {
+        std::memcpy(totals[r], before + r * chunk.before_stride, sizeof totals[r]);
+      }
+    }
+    const Block block{repacked + output / 16 * step + chunk.word * WORDS * 64, step, tile.data, tile.stride,
+                      chunk.words, chunk.segment_words, tile.unit, tile.offset, tile.segments,
+                      weight.group_size > 0 ? scale : nullptr, totals[0], 16 * NV};
     if constexpr (kTables) {
       TableWay::template add<MR, NV>(block);
     } else {
       add_levels<DIGITS, FORM, MR, NV>(block, levels);
     }
+    for (int r = 0; r < MR; ++r) {
+      if (chunk.last) {
+        finish(product, row + r, output, std::min<int64_t>(16 * NV, product.end - output), totals[r]);
+      } else {
+        std::memcpy(before + r * chunk.before_stride, totals[r], sizeof totals[r]);
+      }
+    }
   }
 
   // Scales of 16 NV outputs, segment by segment.
   template <int NV>
-  void group_scales(int64_t output, int64_t word0, int words, int segment_words, float* scale) const {
+  void group_scales(int64_t output, const Chunk& chunk, float* scale) const {
     const int64_t groups = (weight.k + weight.group_size - 1) / weight.group_size;
-    for (int w = 0; w < words; w += segment_words) {
-      const int64_t group = (word0 + w) * 32 / weight.group_size;
+    for (int w = 0; w < chunk.words; w += chunk.segment_words) {
+      const int64_t group = (chunk.word + w) * 32 / weight.group_size;
       for (int i = 0; i < 16 * NV; ++i) {
         const int64_t n = std::min(output + i, weight.n - 1);
         *scale++ = rounded(weight.scale[n * groups + group], weight.round_scale);
@@ -102,80 +130,73 @@ struct Kernel {
     }
   }
 
-  template <int MR>
-  void add_outputs(const Prepared& tile, int64_t begin, int64_t end, int64_t word0, int words,
-                   int segment_words, float* totals, int64_t stride) const {
-    constexpr int kWide = kVectors<WORDS, DIGITS, MR>;
-    int64_t n = begin;
-    for (; n + 16 * kWide <= end; n += 16 * kWide) {
-      add<MR, kWide>(tile, n, word0, words, segment_words, totals + n - begin, stride);
+  void finish(const Product& product, int row, int64_t output, int64_t count, const float* __restrict from) const {
+    float* __restrict out = product.out + row * product.out_stride + output - product.begin;
+    if (weight.group_size == -1) {
+      const float* scale = weight.scale + output;
+      for (int64_t i = 0; i < count; ++i) out[i] = from[i] * rounded(scale[i], weight.round_scale);
+    } else {
+      const float scale = weight.group_size == 0 ? rounded(*weight.scale, weight.round_scale) : 1.0f;
+      for (int64_t i = 0; i < count; ++i) out[i] = from[i] * scale;
     }
-    for (; n < end; n += 16) add<MR, 1>(tile, n, word0, words, segment_words, totals + n - begin, stride);
+    if (weight.bias) {
+      const float* __restrict bias = weight.bias + output;
+      for (int64_t i = 0; i < count; ++i) out[i] += bias[i];
+    }
+  }
+
+  template <int MR>
+  void add_outputs(const Prepared& tile, const Product& product, int row, const Chunk& chunk) const {
+    constexpr int kWide = kVectors<WORDS, DIGITS, MR>;
+    int64_t n = product.begin;
+    for (; n + 16 * kWide <= product.end; n += 16 * kWide) add<MR, kWide>(tile, product, row, n, chunk);
+    for (; n < product.end; n += 16) add<MR, 1>(tile, product, row, n, chunk);
   }
 
   bool run(const Product& product, Buffer& buffer, Buffer& totals_buffer) const {
     const int64_t words = product.row_stride / 32, width = (product.end - product.begin + 15) / 16 * 16;
     const int segment_words = segment_of(weight.group_size, kSegment<WORDS, DIGITS, FORM>) / 32;
     const int rows = std::min(product.count, kRows);
-    int64_t chunk = kPrepared / (32 * kInputBytes * rows) / segment_words * segment_words;
-    chunk = std::clamp<int64_t>(chunk, segment_words, kMostSegments * segment_words);
-    chunk = std::min(chunk, words);
-    const int64_t segments = (chunk + segment_words - 1) / segment_words;
+    int64_t most = kPrepared / (32 * kInputBytes * rows) / segment_words * segment_words;
+    most = std::clamp<int64_t>(most, segment_words, kMostSegments * segment_words);
+    most = std::min(most, words);
+    const int64_t segments = (most + segment_words - 1) / segment_words;
     Prepared tile;
     // Rows a multiple of 4096 bytes apart would share the sets of the L1 cache.
-    tile.stride = (chunk * 32 * kInputBytes + 1023) / 1024 * 1024 + 256;
+    tile.stride = (most * 32 * kInputBytes + 1023) / 1024 * 1024 + 256;
     tile.segments = segments;
     float* memory = buffer.take((tile.stride * kRows) / 4 + 2 * segments * kRows);
     tile.data = reinterpret_cast<uint8_t*>(memory);
     tile.unit = memory + tile.stride * kRows / 4;
     tile.offset = reinterpret_cast<int32_t*>(tile.unit + segments * kRows);
-    float* totals = totals_buffer.take(product.count * width);
-    std::memset(totals, 0, product.count * width * sizeof(float));
-    for (int r = 0; r < product.count; r += kRows) {
-      const int count = std::min(product.count - r, kRows);
-      for (int64_t word = 0; word < words; word += chunk) {
-        const int now = static_cast<int>(std::min(chunk, words - word));
+    Chunk chunk{0, 0, segment_words, false, nullptr, width};
+    if (most < words) chunk.before = totals_buffer.take(product.count * width);
+    for (int r = 0; r < product.count;) {
+      const int left = product.count - r, count = left >= kRows ? kRows : std::min(left, 4);
+      for (chunk.word = 0; chunk.word < words; chunk.word += most) {
+        chunk.words = static_cast<int>(std::min(most, words - chunk.word));
+        chunk.last = chunk.word + most >= words;
         for (int i = 0; i < count; ++i) {
-          const float* x = product.rows + (r + i) * product.row_stride + word * 32;
-          if (!prepare(x, now, segment_words, tile.data + i * tile.stride, tile.unit + i * segments,
+          const float* x = product.rows + (r + i) * product.row_stride + chunk.word * 32;
+          if (!prepare(x, chunk.words, segment_words, tile.data + i * tile.stride, tile.unit + i * segments,
                        tile.offset + i * segments)) {
             return false;
           }
         }
         const auto add_rows = [&](auto mr) {
           if constexpr (mr <= kRows) {
-            if (count != mr) return;
-            add_outputs<mr>(tile, product.begin, product.begin + width, word, now, segment_words,
-                            totals + r * width, width);
+            if (count == mr) add_outputs<mr>(tile, product, r, chunk);
           }
         };
         add_rows(std::integral_constant<int, 1>{});
         add_rows(std::integral_constant<int, 2>{});
         add_rows(std::integral_constant<int, 3>{});
         add_rows(std::integral_constant<int, 4>{});
+        if constexpr (kRows > 4) add_rows(std::integral_constant<int, kRows>{});
       }
+      r += count;
     }
-    finish(product, totals, width);
     return true;
-  }
-
-  void finish(const Product& product, const float* totals, int64_t width) const {
-    const int64_t count = product.end - product.begin;
-    for (int r = 0; r < product.count; ++r) {
-      float* __restrict out = product.out + r * product.out_stride;
-      const float* __restrict from = totals + r * width;
-      if (weight.group_size == -1) {
-        const float* scale = weight.scale + product.begin;
-        for (int64_t i = 0; i < count; ++i) out[i] = from[i] * rounded(scale[i], weight.round_scale);
-      } else {
-        const float scale = weight.group_size == 0 ? rounded(*weight.scale, weight.round_scale) : 1.0f;
-        for (int64_t i = 0; i < count; ++i) out[i] = from[i] * scale;
-      }
-      if (weight.bias) {
-        const float* __restrict bias = weight.bias + product.begin;
-        for (int64_t i = 0; i < count; ++i) out[i] += bias[i];
-      }
-    }
   }
 };
 

@@ -16,9 +16,9 @@ inline float unit_of(const Levels& levels) {
 template <int DIGITS>
 constexpr float kMostInput = DIGITS == 1 ? 127.0f : 32700.0f;
 template <int WORDS, int DIGITS>
-constexpr int kRowsOfTile = 4;
+constexpr int kRowsOfTile = DIGITS == 1 ? 8 : 4;
 template <int WORDS, int DIGITS, int MR>
-constexpr int kVectors = MR == 1 && (DIGITS == 1 || WORDS < 4) ? 8 : 4;
+constexpr int kVectors = MR == 1 && (DIGITS == 1 || WORDS < 4) ? 8 : MR == 8 ? 2 : 4;
 // Sums of two inputs in 8 bits are within 1e-2 with fewer. Of 16 bits few are needed.
 template <int WORDS, int DIGITS, bool FORM>
 constexpr int kSegment = WORDS == 2 && DIGITS == 1 ? 128 : WORDS < 4 && DIGITS == 2 ? 512 : 256;
@@ -141,7 +141,7 @@ template <int WORDS>
 class Tables<WORDS, 1> {
  public:
   static constexpr int kInputBytes = 4 * WORDS;
-  static constexpr int64_t kPrepared = 24 << 10;  // stays in the L1 cache
+  static constexpr int64_t kPrepared = 128 << 10;
   static constexpr float kMost = 127;
 
   explicit Tables(const float* levels) : coefficients_(levels, WORDS) {}
@@ -170,10 +170,15 @@ class Tables<WORDS, 1> {
             settle(index[v]);
           });
           each<MR>([&](auto r) __attribute__((always_inline)) {
-            const __m512i table = _mm512_load_si512(tables + r * stride + half * 64);
+            __m512i entries[NV], table = _mm512_load_si512(tables + r * stride + half * 64);
+            settle(table);
+            each<NV>([&](auto v) __attribute__((always_inline)) {
+              entries[v] = _mm512_permutexvar_epi8(index[v], table);
+              settle(entries[v]);
+            });
             each<NV>([&](auto v) __attribute__((always_inline)) {
               __m512i& sum = sums[r][v];
-              sum = _mm512_dpbusd_epi32(sum, ones, _mm512_permutexvar_epi8(index[v], table));
+              sum = _mm512_dpbusd_epi32(sum, ones, entries[v]);
               settle(sum);
             });
           });
