@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 
+_HERE = nullcontext()
+
+
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Makes the device of ``x`` current: kernels are launched on the current device and stream."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-        return nullcontext()
+        return _HERE
     return torch.cuda.device(x.device)
 
 

@@ -71,12 +71,15 @@ class Known:
     """Lists that have passed their rules.
 
     Attributes:
+        shapes, dtypes: of every tensor; all are contiguous.
         addresses: of every list, in the order of the table's columns.
         parts: the launches.
         settings: those that have passed with these lists, and what an engine keeps for a part with
             them.
     """
 
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
     addresses: list[list[int]]
     parts: tuple[Part, ...]
     settings: dict[object, dict[Part, Any]] = field(default_factory=dict)
@@ -89,14 +92,23 @@ MOST_SETTINGS = 64  # of a list: a schedule may change one with every step
 def run(engine: Engine, op: str, rules: Callable[..., None], lists: Sequence[Sequence[Tensor]],
         rest: Sequence[Any], stage: Stage) -> None:
     """Raises what ``rules(*lists, *rest)`` raises, then launches the stage, part by part.
- Lists that have passed are known by addresses, layouts and dtypes, which is all that the rules look
-    at: for 161 weights the rules take most of a call. Settings that have not been seen with them
-    are looked at beside the first tensor of each list. """
+
+    Lists that have passed are known by addresses, layouts and dtypes, which is all that the rules
+    look at: for 161 weights the rules take most of a call. Settings that have not been seen with
+    them are looked at beside the first tensor of each list.
+    """
     params = stage.lists[0]
+    tensors = [x for tensors in stage.lists for x in tensors]
+    # Hashed are numbers alone: to hash shapes and dtypes takes longer than to compare them.
     key = (engine, op, stage.group_size, params[0].device if params else None,
-           *map(_facts, stage.lists))
+           *map(len, stage.lists), *map(Tensor.data_ptr, tensors))
     settings = (*map(_setting, rest), _setting(stage.flips), _value(stage.backtrack))
     known = _known.get(key)
+    if known is not None and not (
+            all(map(Tensor.is_contiguous, tensors))
+            and known.shapes == [x.shape for x in tensors]
+            and known.dtypes == [x.dtype for x in tensors]):
+        known = None
     if known is None or settings not in known.settings:
         rules(*(lists if known is None else _firsts(lists, stage)), *rest)
         if stage.flips is not None:
@@ -105,7 +117,7 @@ def run(engine: Engine, op: str, rules: Callable[..., None], lists: Sequence[Seq
             return
         _check_devices(engine, op, stage)
         if known is None:
-            known = _known[key] = _plan(engine, op, stage)
+            known = _known[key] = _plan(engine, op, stage, tensors)
             if len(_known) > KEPT:  # the first come; to note each use would hash the key again
                 _known.popitem(last=False)
         if len(known.settings) >= MOST_SETTINGS:
@@ -120,10 +132,6 @@ def run(engine: Engine, op: str, rules: Callable[..., None], lists: Sequence[Seq
         for part in known.parts:
             table, programs = tables.get(part, device, known.addresses, known)
             engine.launch(stage, part, table, programs, here, kept)
-
-
-def _facts(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    return tuple([(x.data_ptr(), x.shape, x.dtype, x.is_contiguous()) for x in tensors])
 
 
 def _firsts(lists: Sequence[Sequence[Tensor]], stage: Stage) -> list[Sequence[Tensor]]:
@@ -145,13 +153,14 @@ def _value(x: Tensor | None) -> float | None:
     return x.item() if x is not None and x.is_cpu and x.dim() == 0 else None
 
 
-def _plan(engine: Engine, op: str, stage: Stage) -> Known:
+def _plan(engine: Engine, op: str, stage: Stage, tensors: list[Tensor]) -> Known:
     lists = (*stage.lists[:3], *separate(stage.lists[0], stage.group_size, *stage.lists[3:]))
     addresses = [[x.data_ptr() for x in tensors] for tensors in lists]
     weights = tuple(
         (tuple(p.shape), p.dtype, all(column[i] % 16 == 0 for column in addresses[:6] if column))
         for i, p in enumerate(stage.lists[0]))
-    return Known(addresses, engine.plan(op, weights, stage.group_size))
+    return Known([x.shape for x in tensors], [x.dtype for x in tensors], addresses,
+                 engine.plan(op, weights, stage.group_size))
 
 
 def _check_devices(engine: Engine, op: str, stage: Stage) -> None:

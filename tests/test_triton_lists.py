@@ -180,11 +180,36 @@ def test_compiled_code_is_launched_where_addresses_allow():
 
     class Compiled:
         def __getitem__(self, grid):
-            return lambda *args: seen.append((grid, args[-1]))
+            return lambda *args: seen.append((grid, *args))
 
     run = launch.Launch(Kernel(), (2, 1, 1), 7, num_warps=4)
     aligned = torch.empty(64, device=DEVICE)
     for x in (aligned[1:], aligned, aligned, aligned[1:]):
         run(x, None)
     triton = ("Triton", (2, 1, 1), {"num_warps": 4})
-    assert seen == [triton, triton, ((2, 1, 1), 7), triton]
+    assert seen == [triton, triton, ((2, 1, 1), aligned.data_ptr(), None, 7), triton]
+
+
+def test_an_address_that_another_tensor_took_is_looked_at_again():
+    """Lists are known by their addresses: the same may come back with another shape, dtype or layout."""
+    levels = [0.5, 1.0]
+    state = make_state(levels, 0, torch.float32, [(4, 6), (8,)])
+    arguments = tail(levels, 0) | {"backtrack": scalar(0.6)}
+    fused_step(**state, **arguments)
+    grad = state["grads"][0]
+    for other, message in ((grad.view(6, 4), "have the shape of"), (grad.view(torch.int32), "be float32"),
+                           (grad.as_strided((4, 6), (1, 4)), "be contiguous")):
+        assert other.data_ptr() == grad.data_ptr()
+        with pytest.raises(ValueError, match=rf"blaq\.fused_step: grads\[0\] must {message}"):
+            fused_step(**(state | arguments | {"grads": [other, state["grads"][1]]}))
+    whole = {name: [x.view(2, 12) if x.dim() == 2 else x for x in state[name]] for name in state}
+    copies = {name: [x.clone() for x in tensors] for name, tensors in whole.items()}
+    for views in (whole, copies):  # the same addresses in another shape, and nothing known
+        fused_step(**(views | arguments | {"group_size": -1, "scales": [
+            torch.ones(len(x) if x.dim() == 2 else 1, 1, device=DEVICE) for x in views["params"]]}))
+    for name in STATE[:4]:
+        for a, b in zip(whole[name], copies[name], strict=True):
+            assert torch.equal(a, b)
+    state["grads"][0].resize_(4, 5)  # in place
+    with pytest.raises(ValueError, match=r"grads\[0\] must have the shape of params\[0\] \[4, 6\]"):
+        fused_step(**state, **arguments)

@@ -28,10 +28,11 @@ def check_device(op: str, name: str, x: Tensor) -> None:
 
 class Launch:
     """A kernel with all its arguments but the tensors, whose types stay those of the first call.
- Triton looks at every argument of every call for the machine code that fits, which takes longer
+
+    Triton looks at every argument of every call for the machine code that fits, which takes longer
     than a small product. Here only addresses differ from call to call, and of those only whether
-    each
-    is a multiple of 16: where all are, what was compiled once is launched.
+    each is a multiple of 16: where all are, what was compiled once is launched. It takes numbers: a
+    tensor it would ask for its address again, and the driver whether that is the device's.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], *rest: Any, num_warps: int) -> None:
@@ -39,13 +40,11 @@ class Launch:
         self._compiled: Callable[..., None] | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        addresses = 0
-        for x in tensors:
-            if x is not None:
-                addresses |= x.data_ptr()
-        if self._compiled is not None and addresses % 16 == 0:
-            self._compiled(*tensors, *self._rest)
+        addresses = [None if x is None else x.data_ptr() for x in tensors]
+        is_aligned = not any([address & 15 for address in addresses if address])
+        if self._compiled is not None and is_aligned:
+            self._compiled(*addresses, *self._rest)
             return
         compiled = self._kernel[self._grid](*tensors, *self._rest, num_warps=self._warps)
-        if compiled is not None and addresses % 16 == 0:  # the interpreter compiles nothing
+        if compiled is not None and is_aligned:  # the interpreter compiles nothing
             self._compiled = compiled[self._grid]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -40,37 +41,67 @@ def packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
     Raises:
         ValueError: an argument breaks a rule; the message names it.
     """
-    key = (_facts(input), _facts(qweight), _facts(scale), None if bias is None else _facts(bias),
-           tuple(levels), group_size, None if repacked is None else _facts(repacked), accuracy)
-    if key not in _plans:
+    # All that the rules and the plan look at: the same facts need no second look, which would take
+    # longer than the launch.
+    key = (input.shape, input.stride(), input.dtype, input.device, *_facts(qweight), *_facts(scale),
+           *(() if bias is None else _facts(bias)), tuple(levels), group_size, accuracy,
+           None if repacked is None else _facts(repacked))
+    call = _calls.get(key)
+    if call is None:
         check_packed_linear(input, qweight, scale, bias, levels, group_size, repacked, accuracy)
         launch.check_device("packed_linear", "input", input)
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        k, n = input.shape[-1], qweight.shape[1]
-        _plans[key] = plan_for(math.prod(input.shape[:-1]), n, k, group_size, input.dtype,
-                               kind_of(levels) != TABLE, target_of(input))
-    plan, k, n = _plans[key], input.shape[-1], qweight.shape[1]
-    out = input.new_empty((*input.shape[:-1], n))
-    if out.numel() == 0:
-        return out
+        if len(_calls) >= MOST_PLANS:
+            _calls.clear()
+        call = _calls[key] = _prepare(input, qweight, scale, bias, tuple(levels), group_size)
+    if call.product is None and not call.decodes:
+        return input.new_empty(call.shape)
     with launch.on_device_of(input):
-        if plan is None:
-            weight = unpack_weight(qweight, scale, levels, group_size, k, input.dtype)
+        if call.product is None:
+            weight = unpack_weight(qweight, scale, levels, group_size, input.shape[-1], input.dtype)
             return torch.nn.functional.linear(input, weight, bias)
-        matmul(input.reshape(out.numel() // n, k), qweight, scale, bias, tuple(levels), group_size, out,
-               plan)
+        out = input.new_empty(call.shape)
+        x = input if call.rows is None else input.reshape(call.rows).contiguous()
+        call.product(x, qweight, scale, bias, out)
     return out
 
 
+class _Call(NamedTuple):
+    """What is kept of a call whose arguments have passed the rules.
+
+    Attributes:
+        shape: of the output.
+        rows: ``[m, k]`` that inputs are copied to; None where their rows lie evenly as they are.
+        product: None where the weight is decoded, or where there is no output.
+    """
+
+    shape: tuple[int, ...]
+    rows: tuple[int, int] | None
+    product: Product | None
+    decodes: bool
+
+
 MOST_PLANS = 4096
-_plans: dict[object, Plan | None] = {}  # of calls whose arguments have passed the rules
+_calls: dict[object, _Call] = {}
 
 
 def _facts(x: Tensor) -> tuple[object, ...]:
-    """All that the rules and the plan look at: the same facts need no second look, which would take
-    longer than the launch."""
-    return x.shape, x.stride(), x.dtype, x.device
+    return x.shape, x.dtype, x.device, x.is_contiguous()
+
+
+def _prepare(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+             levels: tuple[float, ...], group_size: int) -> _Call:
+    m, k, n = math.prod(input.shape[:-1]), input.shape[-1], qweight.shape[1]
+    shape = (*input.shape[:-1], n)
+    plan = plan_for(m, n, k, group_size, input.dtype, kind_of(levels) != TABLE, target_of(input))
+    if plan is None or m * n == 0:
+        return _Call(shape, None, None, decodes=m * n > 0)
+    x = _even(input.reshape(m, k))
+    rows = None if x.data_ptr() == input.data_ptr() else (m, k)
+    return _Call(shape, rows, product_of(x, qweight, scale, bias, levels, group_size, plan), False)
+
+
+def _even(x: Tensor) -> Tensor:
+    return x.contiguous() if x.stride(1) != 1 and x.shape[1] > 1 else x
 
 
 @functools.cache
@@ -88,20 +119,43 @@ def scale_mode(levels: tuple[float, ...], group_size: int, dtype: torch.dtype, p
 def matmul(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
            levels: tuple[float, ...], group_size: int, out: Tensor, plan: Plan) -> None:
     """``x`` ``[m, k]`` times the weight, into ``out`` ``[m, n]``, contiguous."""
+    x = _even(x)
+    product_of(x, qweight, scale, bias, levels, group_size, plan)(x, qweight, scale, bias, out)
+
+
+def product_of(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+               levels: tuple[float, ...], group_size: int, plan: Plan) -> Product:
+    """The launches for arguments of these types."""
     m, k = x.shape
-    if x.stride(1) != 1 and k > 1:
-        x = x.contiguous()
-    interleave, multiply, add = _launches(m, qweight.shape, k, x.stride(0), x.dtype, x.device,
-                                          scale.dtype, bias is None, levels, group_size, plan)
-    if interleave:
-        source, x = x, x.new_empty((m, tiled_bytes(plan, k) * 8))
-        interleave(source, x)
-    if add is None:
-        multiply(x, qweight, scale, bias, out)
-    else:
-        parts = out.new_empty((plan.splits, *out.shape), dtype=torch.float32)
-        multiply(x, qweight, scale, None, parts)
-        add(parts, bias, out)
+    return _launches(m, qweight.shape, k, x.stride(0), x.dtype, x.device, scale.dtype, bias is None,
+                     levels, group_size, plan)
+
+
+class Product(NamedTuple):
+    """What lays inputs ``[m, k]`` out, multiplies, and adds the parts.
+
+    Attributes:
+        laid_out: shape of the inputs as ``interleave`` leaves them.
+        parts: shape of the parts, float32.
+    """
+
+    interleave: Launch | None
+    multiply: Launch
+    add: Launch | None
+    laid_out: tuple[int, int]
+    parts: tuple[int, int, int]
+
+    def __call__(self, x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
+                 out: Tensor) -> None:
+        if self.interleave:
+            source, x = x, x.new_empty(self.laid_out)
+            self.interleave(source, x)
+        if self.add is None:
+            self.multiply(x, qweight, scale, bias, out)
+        else:
+            parts = out.new_empty(self.parts, dtype=torch.float32)
+            self.multiply(x, qweight, scale, None, parts)
+            self.add(parts, bias, out)
 
 
 def tiled_bytes(plan: Plan, k: int) -> int:
@@ -112,9 +166,9 @@ def tiled_bytes(plan: Plan, k: int) -> int:
 @functools.lru_cache(MOST_PLANS)
 def _launches(m: int, planes: torch.Size, k: int, x_stride: int, dtype: torch.dtype,
               device: torch.device, scale_dtype: torch.dtype, plain: bool, levels: tuple[float, ...],
-              group_size: int, plan: Plan) -> tuple[Launch | None, Launch, Launch | None]:
-    """What lays inputs out, multiplies, and adds the parts, for arguments of these types. Some decide
-    nothing here but what Triton compiles: device, scale_dtype and ``plain``, without bias."""
+              group_size: int, plan: Plan) -> Product:
+    """Some arguments decide nothing here but what Triton compiles: device, scale_dtype and
+    ``plain``, without bias."""
     bits, n, row_bytes = planes
     tile = 8 * plan.bytes
     width = 8 * tiled_bytes(plan, k)
@@ -139,7 +193,7 @@ def _launches(m: int, planes: torch.Size, k: int, x_stride: int, dtype: torch.dt
     if plan.splits > 1:
         add = Launch(sum_splits_kernel, (triton.cdiv(m * n, SUM_BLOCK), 1, 1), n, 1, m * n, plan.splits,
                      SUM_BLOCK, num_warps=4)
-    return interleave, multiply, add
+    return Product(interleave, multiply, add, (m, width), (plan.splits, m, n))
 
 
 def contract() -> list[Case]:

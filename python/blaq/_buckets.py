@@ -112,8 +112,11 @@ class Bucket:
 
     def gradients(self) -> list[Tensor]:
         """``grad`` of every parameter, contiguous as the kernels want it."""
-        grads = [(param.grad, param) for param in self.params]
-        return [g if g.is_contiguous() else laid_out_as(p, g) for g, p in grads]
+        grads = [param.grad for param in self.params]
+        if all(map(Tensor.is_contiguous, grads)):
+            return grads
+        return [g if g.is_contiguous() else laid_out_as(p, g)
+                for p, g in zip(self.params, grads, strict=True)]
 
     def find_nonfinite(self, grads: list[Tensor]) -> Tensor:
         """Float32 0-dim: 1 if a gradient has NaN or Inf. GradScaler's kernel: for 200 small tensors

@@ -331,8 +331,8 @@ class BLAQ(Optimizer):
                 raise RuntimeError(
                     f"blaq.BLAQ.step: {self._name(param)} must be written by the optimizer alone, "
                     "got other values; try loading weights before making the optimizer")
-        if any(p.grad is None for bucket in self._buckets for p in bucket.params) or any(
-                p.grad is not None for bucket in self._idle for p in bucket.params):
+        if any([p.grad is None for bucket in self._buckets for p in bucket.params]) or any(
+                [p.grad is not None for bucket in self._idle for p in bucket.params]):
             self._fill_buckets(lambda param: param.grad is not None)
         return self._buckets
 

@@ -1,0 +1,96 @@
+"""What a call on a GPU costs the processor, measured without one: on tensors of the CPU, up to
+Triton's launcher, which is replaced by nothing.
+
+    python bench/host.py            # Triton must be installed; TRITON_INTERPRET must not be set
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+from unittest import mock
+
+import torch
+
+from blaq_kernels import flat
+from blaq_kernels.codebook import levels_of
+from blaq_kernels.schemas import SCHEMAS
+from blaq_kernels.triton import function, launch
+
+FUNCTIONS = {name: function(name) for name in ("packed_linear", "fused_trial", "fused_step")}
+
+
+class Nothing:
+    """A kernel, and the code compiled from it."""
+
+    def __getitem__(self, grid: object) -> Callable[..., Any]:
+        return lambda *args, **options: self
+
+
+def microseconds(call: Callable[[], object], seconds: float = 1.0) -> float:
+    """Median of calls."""
+    for _ in range(20):
+        call()
+    samples, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter_ns()
+        call()
+        samples.append(time.perf_counter_ns() - start)
+    return statistics.median(samples) * 1e-3
+
+
+def linear_calls() -> dict[str, tuple[Any, ...]]:
+    levels, qweight = levels_of("pow2", 1), torch.zeros(1, 4096, 512, dtype=torch.uint8)
+    small = qweight[:, :64, :8].contiguous()
+    scale = torch.rand(4096, 1)
+    x = torch.randn(1, 4096, dtype=torch.bfloat16)
+    return {"packed_linear 1x64x64": (x[:, :64].contiguous(), small, scale[:64], None, levels, -1),
+            "packed_linear 1x4096x4096, k in parts": (x, qweight, scale, None, levels, -1)}
+
+
+def step_calls(count: int, together: bool) -> dict[str, tuple[Any, ...]]:
+    """A step's lists; the states of all weights in one tensor each where ``together``."""
+    def new(*shape: int) -> list[torch.Tensor]:
+        return flat.join([torch.rand(shape) for _ in range(count)])
+
+    lists = {name: new(64) for name in ("params", "grads", "trial_grads")}
+    states = {name: new(1 if name == "scales" else 64) for name in flat.STATES}
+    if together and count > 1:
+        states = {name: [flat.joined(tensors)] for name, tensors in states.items()}
+    scalars = torch.tensor(1e-3), torch.tensor(3.0)  # lr, step
+    hyper = 0.9, 0.999, 1e-8, 0.0, 0.0, levels_of("pow2", 1), 0, 5, "alternating"
+    params, grads, trial_grads = lists.values()
+    flips = torch.zeros(count, dtype=torch.int64)
+    return {"fused_trial": (params, grads, *states.values(), *scalars, *hyper),
+            "fused_step": (params, grads, trial_grads, *states.values(), *scalars,
+                           torch.tensor(0.6), *hyper, None, None, flips)}
+
+
+def show(title: str, name: str, args: Iterable[Any]) -> None:
+    args = tuple(args)
+    op = getattr(torch.ops.blaq_host, name).default
+    kernel = microseconds(lambda: FUNCTIONS[name](*args))
+    with torch.inference_mode():
+        print(f"{title:38} {kernel:8.1f} {microseconds(lambda: op(*args)):26.1f}")
+
+
+def main() -> None:
+    library = torch.library.Library("blaq_host", "DEF")
+    for name, kernel in FUNCTIONS.items():
+        library.define(name + SCHEMAS[name])
+        library.impl(name, kernel, "CPU")
+    print(f"{'microseconds a call':38} {'kernel':>8} {'torch.ops, inference mode':>26}")
+    with (mock.patch.object(launch, "interpreted", lambda: True),
+          mock.patch("triton.runtime.jit.JITFunction.__getitem__", Nothing.__getitem__)):
+        for title, args in linear_calls().items():
+            show(title, "packed_linear", args)
+        for count, together in ((1, True), (161, False), (161, True)):
+            for name, args in step_calls(count, together).items():
+                show(f"{name}, {count} tensors" + ", flat states" * (together and count > 1), name,
+                     args)
+
+
+if __name__ == "__main__":
+    main()
