@@ -87,7 +87,7 @@ if command -v compute-sanitizer > /dev/null; then
     for check in memcheck racecheck; do
       BLAQ_BACKEND=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$(least 60)" compute-sanitizer --tool $check \
         --report-api-errors no --error-exitcode 9 $PYTHON -m pytest -q -p no:cacheprovider \
-        tests/test_gpu_cuda.py -k "layout or tiny" > "$OUT/sanitizer-cuda-$check.log" 2>&1
+        tests/test_gpu_cuda.py -k "layout or tiny or (8_bits and bfloat16 and 256)" > "$OUT/sanitizer-cuda-$check.log" 2>&1
       say "compute-sanitizer $check of CUDA C++" $?
     done
   fi
