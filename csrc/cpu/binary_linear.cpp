@@ -42,6 +42,9 @@ void linear(const Tensor& input, const BinaryMatrix& weight, const BinaryScale<T
         S* out = kDirect ? reinterpret_cast<S*>(to) : sums;
         const int64_t out_stride = kDirect ? n : kBinaryWidth;
         if (b) BLAQ_VARIANT(widen<T, S>)(b + at, biases, width);
+        for (int r = 0; r < count; ++r) {  // the result is far away: it comes meanwhile
+          for (int64_t j = 0; j < width; j += 64 / sizeof(T)) __builtin_prefetch(to + r * n + j, 1);
+        }
         for (int64_t part = 0; part < scale.parts; ++part) {
           const int64_t word = part * part_words, some = std::min(part_words, words - word);
           count_differences(weight, 0, at / 8, width, word, some, rows + row * words, words, count, counts);
