@@ -274,7 +274,7 @@ def test_curvatures_of_all_sizes(spread, all_long):
 @pytest.mark.parametrize("name,bits", FEW)
 def test_alternating_solve_ends_where_the_reference_does(name, bits, group_size, init):
     """But for the weights that share a bin with a threshold, some hundred of 12000, of which a few
-    are on the wrong side in every alternation from so far away."""
+    are on the wrong side in alternations far from where they end."""
     levels = levels_of(name, bits)
     generator = torch.Generator().manual_seed(1)
     w = torch.randn(2, 12_007, generator=generator).to(DEVICE)
@@ -285,7 +285,7 @@ def test_alternating_solve_ends_where_the_reference_does(name, bits, group_size,
     codes, scale = solve(w, d, start, levels, group_size, 5, "alternating")
     best = ref.solve(w, d, start, levels, group_size, 5, "alternating")
     assert torch.equal(codes, ref.quantize_codes(w, scale, levels, group_size))
-    torch.testing.assert_close(scale, best[1], rtol=1e-2, atol=0)
+    torch.testing.assert_close(scale, best[1], rtol=3e-3, atol=0)
     found, least = (ref.objective(w, d, *x, levels, group_size) for x in ((codes, scale), best))
     assert (found <= least * 1.01).all(), found / least
 

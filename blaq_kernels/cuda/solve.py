@@ -28,7 +28,7 @@ def solve(otherwise: Callable[..., tuple[Tensor, Tensor]], latent: Tensor, curva
         levels: ascending magnitudes of the codebook, the largest 1.
         group_size: 0 for one scale, -1 for one a row, g for one for each g inputs of a row.
         max_iter: most alternations. Their sums are a histogram's: a scale is the reference's to
-            about 1e-2 / sqrt(n / 10^4), of n weights, where it begins far away.
+            about 3e-3 / sqrt(n / 10^4), of n weights, where it begins far away.
         method: ``alternating``, or ``exact``: the global minimum to within 0.1 %.
 
     Returns:

@@ -134,18 +134,18 @@ BLAQ_DEVICE Sums sums_at(const Book& book, const Reach& reach, int window, doubl
   });
 }
 
-// At most `max_iter` alternations from `start`, whose sums with their own codes are `exact`. What
-// the histogram adds is the weights between the thresholds of `start` and of the scale so far: a
-// scale that hardly moves is as exact as its sums. For one warp.
-BLAQ_DEVICE double alternate(const Book& book, const Reach& reach, int window, double start,
-                             Sums exact, int max_iter) {
+// At most `max_iter` alternations from `first`. Of the scale `near` the sums with its own codes are
+// known, `exact`; what the histogram adds is the weights between its thresholds and those of the
+// scale so far: the nearer the alternations are to it, the more exact. For one warp.
+BLAQ_DEVICE double alternate(const Book& book, const Reach& reach, int window, double first,
+                             double near, Sums exact, int max_iter) {
   exact = {exact.first * kShrink, exact.second * kShrink};
   const double all = reach.from(0).second;
-  const Sums known = sums_at(book, reach, window, start);
-  double alpha = start;
+  const Sums known = sums_at(book, reach, window, near);
+  double alpha = first;
   for (int i = 0; i < max_iter; ++i) {
     Sums sums = exact;
-    if (i > 0) {
+    if (alpha != near) {
       const Sums here = sums_at(book, reach, window, alpha);
       sums = {exact.first + (here.first - known.first),
               exact.second + (here.second - known.second)};

@@ -1,6 +1,6 @@
 // solve where a scale spans a long group: Eqs. 5 and 7 of BLAQ (AAAI 2024). No last scale says
 // where to look, so the weighted mean does, and a second histogram lies around what the first has
-// found.
+// found, with exact sums there: alternations are run anew from the start, and exact where they end.
 #pragma once
 
 #include "cuda/step_kernel.h"
@@ -64,13 +64,12 @@ inline void run_solve(Call call, const Given& given, float* mean, Stream stream)
   launch(sum_parts<true>, parts, stream, call, given);
   settle<true, false>(call, stream);
   if (!call.binary()) {
-    call.start = asked ? asked : mean;
-    call.centre = call.start;
+    call.first = call.start = call.centre = asked ? asked : mean;
     call.scales = result;
     for (int round = 0; round < 2; ++round) {
       launch(sum_parts<false>, parts, stream, call, given);
       settle<false, false>(call, stream);
-      call.centre = result;
+      call.start = call.centre = result;
     }
   }
   launch(write_codes, parts, stream, call);

@@ -33,9 +33,9 @@ struct Call {
   float* w;       // [parts, part]: ω* of a trial
   void* marks;    // [parts, part / 8]: eight old codes of 4 bits; of one level, eight new signs
 
-  // A solve: where the alternation starts and where the scale is expected; null: at the row's
-  // scale.
-  const float *start, *centre;
+  // A solve: where the alternation starts, the scale whose sums are taken and where the scale is
+  // expected; null: at the row's scale.
+  const float *first, *start, *centre;
   int64_t codes;  // address of the codes
 
   BLAQ_DEVICE bool skips() const { return found_inf && *found_inf != 0.0f; }
@@ -55,12 +55,13 @@ BLAQ_DEVICE float* scales_of(const Row& row) { return reinterpret_cast<float*>(r
 
 // Where the search begins: the last scale, or what a solve is given.
 struct Start {
-  float scale;
+  float first, scale;
   int window;
 
   BLAQ_DEVICE Start(const Call& call, const Row& row, int64_t group, int64_t own) {
-    const float last = call.start ? call.start[group] : scales_of(row)[own];
-    scale = last > 0.0f ? last : 0.0f;
+    const auto positive = [](float x) { return x > 0.0f ? x : 0.0f; };
+    scale = positive(call.start ? call.start[group] : scales_of(row)[own]);
+    first = call.first ? positive(call.first[group]) : scale;
     window = window_of(call.centre ? call.centre[group] : scale);
   }
 };
@@ -181,7 +182,7 @@ BLAQ_DEVICE float settled(const Call& call, const Start& start, Sums sums, Share
     if (call.exact) {
       alpha = best_scale(call.book, reach, start.window, shared.found);
     } else if (threadIdx.x < 32) {
-      alpha = alternate(call.book, reach, start.window, start.scale, sums,
+      alpha = alternate(call.book, reach, start.window, start.first, start.scale, sums,
                         static_cast<int>(call.max_iter));
     }
   }
