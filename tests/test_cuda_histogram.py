@@ -5,6 +5,8 @@ import pytest
 import torch
 from cuda_emulation import ORDERS, library, needs_compiler
 
+from blaq_kernels import reference as ref
+from blaq_kernels.codebook import levels_of
 from blaq_kernels.cuda import call, plan
 
 pytestmark = needs_compiler
@@ -92,6 +94,29 @@ def test_fixed_point_loses_what_it_says(lib, kind):
         exact = np.bincount(bins, terms.astype(np.float64), minlength=call.BINS)
         # Of a place 2^-27: it is cut off, not rounded. Each of 8 units rounds a bin once more.
         assert (np.abs(sums - exact) <= (counts * 2.0**-27 + 8 * 2.0**-28) * d.max()).all()
+
+
+@pytest.mark.parametrize("name,bits", [("pow2", 2), ("ternary", 2), ("pow2", 4), ("linear", 4)])
+def test_a_place_says_the_code_or_that_it_does_not_know(lib, name, bits):
+    """Whatever the scale does; and where it moves by 1 %, few places do not know."""
+    levels, n = levels_of(name, bits), 2 * 2048
+    w = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    for old, moved in ((1.7, 1.0), (1.7, 1.01), (1.7, 0.99), (1.7, 1.5), (1.7, 1e-3), (0.0, 1.0),
+                       (1e-42, 1e30), (1e38, 1e-30)):
+        scale = torch.tensor([max(old, 1e-42) * moved])
+        threshold = (levels[-1] + levels[-2]) / 2 * scale.item()
+        w[:9] = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-40,
+                              threshold, -threshold])
+        values, codes = np.zeros(n, np.float32), np.zeros(n, np.uint8)
+        lib.place(np.array(levels), len(levels), old, scale.item(), w.numpy(), n, values, codes)
+        known = ~np.isnan(values)
+        expected = ref.quantize_codes(w, scale, levels, 0)
+        assert np.array_equal(codes[known], expected.numpy()[known])
+        wanted = ref.dequantize(expected, scale, levels, 0).numpy()
+        assert np.array_equal(values[known], wanted[known])
+        if 0.99 <= moved <= 1.01 and old > 1:
+            assert not known.all() or moved == 1.0
+            assert (~known).mean() < 0.02
 
 
 def test_offsets_are_64_bits_wide(lib):

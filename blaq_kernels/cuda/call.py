@@ -18,7 +18,7 @@ from .plan import RUN, Part
 INTEGERS = ("op", "dtype", "whole", "table", "row_of_part", "row_of_group", "runs", "parts",
             "groups", "run_count", "part", "run", "lr", "step", "backtrack", "grad_scale",
             "found_inf", "doubles", "max_iter", "exact", "flips", "sums", "bins", "scales", "w",
-            "marks", "start", "codes", "curvature", "mean", "levels")
+            "places", "marks", "start", "codes", "curvature", "mean", "levels")
 NUMBERS = ("beta1", "beta2", "log_beta1", "log_beta2", "eps", "weight_decay", "clip")  # levels follow
 BINS = 1264  # kBins
 OPS = ("fused_trial", "fused_step", "solve")
@@ -89,6 +89,7 @@ def scratch(part: Part, device: torch.device, op: str, several: bool,
              "bins": new(cut and several, 2 * BINS * part.parts, torch.float32),
              "scales": new(True, part.groups, torch.float32),
              "mean": new(solves, part.groups, torch.float32),
-             "w": new(op == "fused_trial" and several, 8 * eighths, torch.float32),
+             "w": new(op == "fused_trial" and several and not cut, 8 * eighths, torch.float32),
+             "places": new(not solves and several and cut, 8 * eighths, torch.uint8),
              "marks": new(signs or codes, eighths * (1 if signs else 4), torch.uint8)}
     return {name: x for name, x in found.items() if x is not None}

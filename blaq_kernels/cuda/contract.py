@@ -42,6 +42,7 @@ class Rule:
     logic: dict[str, float] | None = None  # most LOP3 and PRMT a weight, by the first group
     wide_loads: bool = False
     elements: int = 0  # of a thread's turn of the longest loop, whose ordinary way is counted
+    loop_has: str = ""  # start of an opcode that this loop has, where another one may be longer
     budget: float = math.inf  # instructions of that way for each of them
     atomics: int = 0  # additions to shared memory on that way
     rare: tuple[str, ...] = ()  # opcodes beside the ordinary way through the main loop
@@ -67,8 +68,8 @@ RULES = [
            wide_loads=True, elements=8, budget=budget, atomics=0 if binary else 16, slow_paths=True)
       for commits, binary, budget in ((0, 0, 165), (0, 1, 70), (1, 0, 235), (1, 1, 110))),
     *(Rule(rf"11write_partsINS_3(F32|B16|F16)ELb{commits}E",
-           f"fused_{('trial', 'step')[commits]}, second pass, {{0}}", wide_loads=True, elements=8,
-           budget=budget) for commits, budget in ((0, 55), (1, 70))),
+           f"fused_{('trial', 'step')[commits]}, second pass, {{0}}", wide_loads=bool(commits), elements=8,
+           loop_has="LDS", budget=budget, slow_paths=not commits) for commits, budget in ((0, 25), (1, 35))),
     *(Rule(rf"11take_groupsINS_3(F32|B16|F16)ELb{commits}ELb{binary}E",
            f"fused_{('trial', 'step')[commits]}, whole groups, {('levels', '1 bit')[binary]}, {{0}}",
            wide_loads=True, slow_paths=True) for commits in (0, 1) for binary in (0, 1)),
@@ -152,7 +153,8 @@ def _row(rule: Rule, found: re.Match[str] | None, architecture: int, code: list[
         if budget is not None and per_weight[0] > budget:
             faults.append(f"{per_weight[0]:.2f} logic instructions a weight, budget {budget:g}")
     if rule.elements:
-        way = sass.longest_way(max(sass.loops(code), key=len), _is_rare)
+        bodies = [body for body in sass.loops(code) if _count(body, rule.loop_has)]
+        way = sass.longest_way(max(bodies, key=len), _is_rare)
         per_weight = (_count(way, LOGIC) / rule.elements, _count(way, SHIFTS) / rule.elements,
                       sum(one.opcode != "NOP" for one in way) / rule.elements)
         if not 0 < per_weight[2] <= rule.budget:

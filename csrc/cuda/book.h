@@ -66,6 +66,19 @@ struct ScaledBook {
       if (w[k] < 0.0f && !(has_zero && code[k] == 0)) code[k] |= 1u << book.sign_shift;
     }
   }
+  // The same of one weight: index of its level, its code, its value.
+  BLAQ_DEVICE int index(float w) const {
+    int found = 0;
+    for (int j = 0; j + 1 < book.count; ++j) found += magnitude_of(w) >= book.mid[j] * scale;
+    return found;
+  }
+  BLAQ_DEVICE uint32_t code(int index, bool negative) const {
+    return negative && book.level[index] != 0.0f ? 1u << book.sign_shift | index : index;
+  }
+  BLAQ_DEVICE float value(int index, bool negative) const {
+    const float found = book.level[index] * scale;
+    return negative && book.level[index] != 0.0f ? -found : found;
+  }
   // level × scale with the sign of w, rounded once; a zero level has no sign: -0 + 0 is +0.
   BLAQ_DEVICE void values(const float (&w)[8], float (&value)[8]) const {
 #pragma unroll

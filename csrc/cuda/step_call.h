@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "cuda/places.h"
 #include "cuda/settle.h"
 #include "cuda/weights.h"
 #include "update.h"
@@ -30,7 +31,8 @@ struct Call {
   Sums* sums;     // [parts]
   float2* bins;   // [parts, kBins]: Σd and Σd · place; null with one level
   float* scales;  // [groups]
-  float* w;       // [parts, part]: ω* of a trial
+  float* w;       // [parts, part]: ω* of a trial, of groups that one block takes
+  uint8_t* places;  // [parts, part], of the others: see places.h
   void* marks;    // [parts, part / 8]: eight old codes of 4 bits; of one level, eight new signs
 
   // A solve: where the alternation starts, the scale whose sums are taken and where the scale is
@@ -45,6 +47,9 @@ struct Call {
   }
   BLAQ_DEVICE uint8_t* signs_of(const Part& p) const {
     return static_cast<uint8_t*>(marks) + p.number * (part / 8);
+  }
+  BLAQ_DEVICE uint2* places_of(const Part& p) const {
+    return reinterpret_cast<uint2*>(places) + p.number * (part / 8);
   }
   BLAQ_DEVICE int64_t w_of(const Part& p) const {  // so that element i of the weight is at i
     return reinterpret_cast<int64_t>(w + p.number * part - p.first);

@@ -15,8 +15,8 @@ namespace blaq {
 #define BLAQ_CALL_INTEGERS(X)                                                                    \
   X(op) X(dtype) X(whole) X(table) X(row_of_part) X(row_of_group) X(runs) X(parts)               \
   X(groups) X(run_count) X(part) X(run) X(lr) X(step) X(backtrack) X(grad_scale) X(found_inf)    \
-  X(doubles) X(max_iter) X(exact) X(flips) X(sums) X(bins) X(scales) X(w) X(marks) X(start)      \
-  X(codes) X(curvature) X(mean) X(levels)
+  X(doubles) X(max_iter) X(exact) X(flips) X(sums) X(bins) X(scales) X(w) X(places) X(marks)     \
+  X(start) X(codes) X(curvature) X(mean) X(levels)
 // clang-format on
 #define BLAQ_CALL_NUMBERS(X) \
   X(beta1) X(beta2) X(log_beta1) X(log_beta2) X(eps) X(weight_decay) X(clip)
@@ -73,7 +73,7 @@ inline void run_call(const int64_t* integers, const double* numbers, Stream stre
   call.book = Book::of(numbers + N::count, static_cast<int>(integers[I::levels]));
   call.max_iter = integers[I::max_iter], call.exact = integers[I::exact];
   pointer(call.flips, I::flips), pointer(call.sums, I::sums), pointer(call.bins, I::bins);
-  pointer(call.scales, I::scales), pointer(call.w, I::w),
+  pointer(call.scales, I::scales), pointer(call.w, I::w), pointer(call.places, I::places),
       call.marks = reinterpret_cast<void*>(integers[I::marks]);
   pointer(call.start, I::start);
   call.codes = integers[I::codes];

@@ -11,9 +11,10 @@
 // A launch sees what the one before has written, and no block waits for another: there is no order
 // between blocks that the emulation, which runs one after another, could hide.
 //
-// Bytes of a float32 parameter: the trial reads 16, writes 4 of ω* and reads them again, writes 4;
-// the step reads 20, writes 12, reads 4, writes 4. With one level signs are all that the second
-// pass reads, an eighth of a byte.
+// Bytes of a float32 parameter: the trial reads 16, writes a byte (places.h) and reads it again,
+// writes 4; the step reads 20, writes 12 and a byte, reads the byte, writes 4. With one level signs
+// are all that the second pass reads, an eighth of a byte. What one block takes is read again from
+// the cache: ω* of a trial, 4 bytes written, or the latent weights.
 #pragma once
 
 #include "cuda/step_call.h"
@@ -29,10 +30,11 @@ BLAQ_DEVICE uint32_t packed_codes(const ScaledBook& book, const float (&w)[8]) {
 }
 
 // Eqs. 6, 8, 9, 10 for eight elements. Returns how many codes are new, where that is known without
-// the scale.
+// the scale. `places` and their base: null where the second pass has the weights themselves.
 template <typename Type, bool kCommits, bool kBinary>
 BLAQ_DEVICE int update(const Call& call, const Part& part, const StepScalars& s,
-                       const ScaledBook& old, const Eight& at, float (&w)[8], float (&d)[8]) {
+                       const ScaledBook& old, const Eight& at, const PlaceTable* places, int base,
+                       float (&w)[8], float (&d)[8]) {
   const Row& row = *part.row;
   const bool blends = kCommits && row.trial_grad && s.backtrack < 1.0f;
   float g[8], trial[8], latent[8], m[8], v[8];
@@ -86,7 +88,11 @@ BLAQ_DEVICE int update(const Call& call, const Part& part, const StepScalars& s,
     call.signs_of(part)[eighth] = static_cast<uint8_t>(negative);
   } else {
     if (kCommits && call.flips) call.codes_of(part)[eighth] = packed_codes(old, latent);
-    if (!kCommits) store<F32>(call.w_of(part), at, w);
+    if (places) {
+      call.places_of(part)[eighth] = places->of(w, base);
+    } else if (!kCommits) {
+      store<F32>(call.w_of(part), at, w);
+    }
   }
   return flips;
 }
@@ -99,9 +105,17 @@ BLAQ_DEVICE void count_flips(const Call& call, const Part& part, int mine) {
 
 // The first pass over a part. The barrier before the first tile also ends what the collector
 // begins.
-template <typename Type, bool kCommits, bool kBinary>
+template <typename Type, bool kCommits, bool kPlaced, bool kBinary>
 BLAQ_DEVICE void first_pass(const Call& call, const Part& part, const Start& start,
                             Collector<kBinary>& collector, Shared<kBinary>& shared) {
+  PlaceTable* places = nullptr;
+  int base = 0;
+  if constexpr (kPlaced && !kBinary) {
+    const PlaceMap map(call.book, start.scale);
+    places = &blaq::shared<PlaceTable>();
+    places->fill(map);
+    base = map.base;
+  }
   if (threadIdx.x == 0) shared.scalars = scalars_of(call);
   __syncthreads();
   const StepScalars scalars = shared.scalars;
@@ -110,13 +124,23 @@ BLAQ_DEVICE void first_pass(const Call& call, const Part& part, const Start& sta
   for (int64_t i = part.first; i < part.end; i += kTile) {
     const Eight at(part, i + 8 * threadIdx.x);
     float w[8], d[8];
-    flips += update<Type, kCommits, kBinary>(call, part, scalars, old, at, w, d);
+    flips += update<Type, kCommits, kBinary>(call, part, scalars, old, at, places, base, w, d);
     collector.add(w, d);
   }
   if (kCommits && kBinary && call.flips) count_flips(call, part, flips);
 }
 
-// The second pass: parameters of a part, from signs or from weights. `restores` writes what the
+// How many of eight codes of 4 bits are not 0; those of elements that are not there do not count.
+BLAQ_DEVICE int changed_codes(uint32_t changed, uint32_t present) {
+  changed |= changed >> 1;
+  changed = (changed | changed >> 2) & 0x11111111;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) changed &= ~(~present >> k << 4 * k & 1u << 4 * k);
+  return __popc(changed);
+}
+
+// The second pass: parameters of a part, from signs or from weights, where a block has the whole
+// group or there are no places. `restores` writes what the
 // latent weights and the last scale stand for, after a trial that is not followed by a step.
 template <typename Type, bool kCommits>
 BLAQ_DEVICE void second_pass(const Call& call, const Part& part, float scale, bool restores) {
@@ -139,15 +163,68 @@ BLAQ_DEVICE void second_pass(const Call& call, const Part& part, float scale, bo
     book.values(w, y);
     store<Type>(part.row->param, at, y);
     if (counts) {
-      // Of each code a bit, where it has changed; those of elements that are not there do not
-      // count.
-      uint32_t changed = call.codes_of(part)[eighth] ^ packed_codes(book, w);
-      changed |= changed >> 1;
-      changed = (changed | changed >> 2) & 0x11111111;
-#pragma unroll
-      for (int k = 0; k < 8; ++k) changed &= ~(~at.present >> k << 4 * k & 1u << 4 * k);
-      flips += __popc(changed);
+      flips += changed_codes(call.codes_of(part)[eighth] ^ packed_codes(book, w), at.present);
     }
+  }
+  if (counts) count_flips(call, part, flips);
+}
+
+// ω* of one element, as `update` has it.
+template <typename Type>
+BLAQ_DEVICE float trial_weight(const Row& row, int64_t i, const StepScalars& s) {
+  const auto at = [&](int64_t address) { return reinterpret_cast<const float*>(address)[i]; };
+  const float g = Type::to_float(reinterpret_cast<const typename Type::Stored*>(row.grad)[i]) *
+                  s.inverse_grad_scale;
+  const float moment = second_moment(at(row.exp_avg_sq), g, s);
+  const float d = curvature_of(moment, s, [](float x) { return sqrtf(x); });
+  return target_of(at(row.latent), first_moment(at(row.exp_avg), g, s), d, s);
+}
+
+// The second pass over a part of several levels, from places at the scale `old`.
+template <typename Type, bool kCommits>
+BLAQ_DEVICE void place_pass(const Call& call, const Part& part, float old, float scale) {
+  auto& found = shared<PlaceValues>();
+  auto& scalars = shared<StepScalars>();
+  const ScaledBook book{call.book, scale};
+  found.fill(PlaceMap(call.book, old), book);
+  if (!kCommits && threadIdx.x == 0) scalars = scalars_of(call);
+  __syncthreads();
+  const bool counts = kCommits && call.flips;
+  int flips = 0;
+  for (int64_t i = part.first; i < part.end; i += kTile) {
+    const Eight at(part, i + 8 * threadIdx.x);
+    if (!at.present) continue;
+    const int64_t eighth = (at.i - part.first) / 8;
+    const uint2 places = call.places_of(part)[eighth];
+    float y[8];
+    uint32_t codes = 0;
+    bool all = true;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const uint32_t byte = (k < 4 ? places.x : places.y) >> 8 * (k % 4) & 0xff;
+      y[k] = found.value[byte];
+      if (counts) codes |= static_cast<uint32_t>(found.code[byte]) << 4 * k;
+      all = all && y[k] == y[k];
+    }
+    if (__builtin_expect(!all, 0)) {
+      uint32_t unknown = 0;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) unknown |= static_cast<uint32_t>(y[k] != y[k]) << k;
+#pragma unroll 1
+      for (unknown &= at.present; unknown; unknown &= unknown - 1) {
+        const int which = __ffs(static_cast<int>(unknown)) - 1;
+        const int64_t element = at.i + which;
+        const float w = kCommits ? reinterpret_cast<const float*>(part.row->latent)[element]
+                                 : trial_weight<Type>(*part.row, element, scalars);
+        const int index = book.index(w);
+        const float value = book.value(index, w < 0.0f);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) y[k] = k == which ? value : y[k];
+        codes = (codes & ~(15u << 4 * which)) | book.code(index, w < 0.0f) << 4 * which;
+      }
+    }
+    store<Type>(part.row->param, at, y);
+    if (counts) flips += changed_codes(call.codes_of(part)[eighth] ^ codes, at.present);
   }
   if (counts) count_flips(call, part, flips);
 }
@@ -162,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 2) take_groups(const Call call) {
   }
   const Start start(call, *part.row, part.group, part.scale);
   Collector<kBinary> collector(call, start, memory);
-  first_pass<Type, kCommits>(call, part, start, collector, memory);
+  first_pass<Type, kCommits, false>(call, part, start, collector, memory);
   const Sums all = block_sum(collector.sums, memory.of_warps);  // behind it the bins are whole
   const double value = collector.point.value();
   const float scale = settled(call, start, all, memory, [&](int bin) -> Sums {
@@ -183,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, 2) update_parts(const Call call) {
   const Part part = Part::of(call.table, call.row_of_part, call.part, blockIdx.x);
   const Start start(call, *part.row, part.group, part.scale);
   Collector<kBinary> collector(call, start, memory);
-  first_pass<Type, kCommits>(call, part, start, collector, memory);
+  first_pass<Type, kCommits, true>(call, part, start, collector, memory);
   leave(call, part, collector, memory);
 }
 
@@ -223,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, 1) settle_groups(const Call call) {
     return sums;
   });
   if (threadIdx.x == 0) {
-    call.scales[group] = scale;
+    call.scales[group] = kCommits ? start.scale : scale;  // the last, for places, and the new one
     if (kCommits) scales_of(row)[own] = scale;
   }
 }
@@ -234,8 +311,14 @@ __global__ void __launch_bounds__(kThreads) write_parts(const Call call) {
   const bool skips = call.skips();
   if (skips && !kCommits) return;
   const Part part = Part::of(call.table, call.row_of_part, call.part, gridDim.x - 1 - blockIdx.x);
-  second_pass<Type, kCommits>(
-      call, part, kCommits ? scales_of(*part.row)[part.scale] : call.scales[part.group], skips);
+  const float of_row = scales_of(*part.row)[part.scale];
+  if (call.binary() || skips) {
+    second_pass<Type, kCommits>(call, part, kCommits ? of_row : call.scales[part.group], skips);
+  } else if (kCommits) {
+    place_pass<Type, true>(call, part, call.scales[part.group], of_row);
+  } else {
+    place_pass<Type, false>(call, part, of_row > 0.0f ? of_row : 0.0f, call.scales[part.group]);
+  }
 }
 
 inline Grid blocks(int64_t count) { return {dim3(static_cast<unsigned>(count)), dim3(kThreads)}; }

@@ -68,3 +68,32 @@ BLAQ_TEST_EXPORT const char* part(const int64_t* row, int64_t part, int64_t numb
   std::copy(found, found + 6, out);
   return nullptr;
 }
+
+// Of whole tiles of weights at the scale `old`: their values at `now`, NaN where the place does not
+// say, and codes.
+__global__ void place_weights(const blaq::Book* book, float old, float now, const float* w,
+                              int64_t n, float* values, uint8_t* codes) {
+  auto& table = blaq::shared<blaq::PlaceTable>();
+  auto& found = blaq::shared<blaq::PlaceValues>();
+  const blaq::PlaceMap map(*book, old);
+  table.fill(map);
+  found.fill(map, blaq::ScaledBook{*book, now});
+  __syncthreads();
+  for (int64_t i = 8 * threadIdx.x; i < n; i += blaq::kTile) {
+    float eight[8];
+    for (int k = 0; k < 8; ++k) eight[k] = w[i + k];
+    const uint2 places = table.of(eight, map.base);
+    for (int k = 0; k < 8; ++k) {
+      const uint32_t byte = (k < 4 ? places.x : places.y) >> 8 * (k % 4) & 0xff;
+      values[i + k] = found.value[byte], codes[i + k] = found.code[byte];
+    }
+  }
+}
+BLAQ_TEST_EXPORT const char* place(const double* levels, int64_t count, double old, double now,
+                                   const float* w, int64_t n, float* values, uint8_t* codes) {
+  const blaq::Book book = blaq::Book::of(levels, static_cast<int>(count));
+  return blaq::emulate::message_of([&] {
+    blaq::launch(place_weights, blaq::blocks(1), nullptr, &book, static_cast<float>(old),
+                 static_cast<float>(now), w, n, values, codes);
+  });
+}
