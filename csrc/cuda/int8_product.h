@@ -7,11 +7,8 @@
 
 namespace blaq {
 
-enum class Number {
-  fp32,
-  fp16,
-  bf16
-};  // of outputs, bias, and of what training rounded weights to
+// What outputs and bias are, and what training rounded weights to.
+enum class Number { fp32, fp16, bf16 };
 
 // out[m, n] = rows · weightᵀ · scale + bias.
 struct Int8Product {
@@ -46,8 +43,8 @@ BLAQ_DEVICE float int8_scale(const Int8Product& call, int64_t output, int64_t gr
   return rounded_as(call.number, call.scale[row * call.scale_stride + group]);
 }
 
-// Exact: a unit's sum is below 256 · 127 · 128 < 2^22. Until sm_90 a conversion has a quarter of
-// the rate.
+// Exact: a unit's sum is at most 256 · 127 · 128 < 2^22. Before sm_90 a conversion is I2F, which a
+// slower unit makes, not I2FP.
 BLAQ_DEVICE float float_of_sum(int sum) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   return static_cast<float>(sum);
@@ -64,11 +61,12 @@ BLAQ_DEVICE void add_sums(const Int8Product& call, const int (&sum)[kJ][4], cons
   const float* units = rows.unit + row + threadIdx.x % 4 * 2;
   float scale[2] = {};
   if constexpr (grouped) {
-    const int group =
-        min(chunk / call.group_chunks, call.scale_stride - 1);  // past the last input sums are 0
+    // Past the last input sums are 0.
+    const int group = min(chunk / call.group_chunks, call.scale_stride - 1);
 #pragma unroll
-    for (int o = 0; o < 2; ++o)
+    for (int o = 0; o < 2; ++o) {
       scale[o] = int8_scale(call, output + threadIdx.x % 32 / 4 + 8 * o, group);
+    }
   }
 #pragma unroll
   for (int j = 0; j < kJ; ++j) {

@@ -1,5 +1,6 @@
 // torch.ops.blaq.packed_linear on a CUDA device with accuracy 'fast': many rows of inputs, rounded
 // to 8 bits, times the weight's levels as integers, decoded while they are multiplied.
+#include <algorithm>
 #include <array>
 #include <cstring>
 
@@ -19,8 +20,9 @@ float set_levels(const std::vector<double>& levels, int bits, LevelBytes& bytes)
   signed_levels(levels, bits, table.data());
   const LevelTable integers(table.data(), bits);
   std::array<int8_t, 16> of_code;
-  for (int code = 0; code < 16; ++code)
+  for (int code = 0; code < 16; ++code) {
     of_code[code] = static_cast<int8_t>(integers.level[code] - 128);
+  }
   std::memcpy(bytes.word, of_code.data(), sizeof bytes.word);
   return integers.unit;
 }
@@ -84,7 +86,9 @@ Tensor linear(const Tensor& input, const Tensor& qweight, const Tensor& scale,
   call.m = m;
   call.chunks = static_cast<int>(chunks_of(k));
   call.scale_stride = group_size == 0 ? 0 : static_cast<int>(scale.size(1));
-  call.group_chunks = group_size > 0 ? static_cast<int>(group_size / kChunkInputs) : 0;
+  if (group_size > 0) {  // longer than a row: all the same
+    call.group_chunks = static_cast<int>(std::min<int64_t>(group_size / kChunkInputs, 1 << 24));
+  }
   call.level_unit = set_levels(levels, bits, call.levels);
   call.number = number;
   if (bits == 1) multiply<1>(call, stream);
