@@ -27,6 +27,7 @@ FLOAT_DTYPES = (*PARAM_DTYPES, torch.float64)
 METHODS = ("alternating", "exact")
 MAX_FAKE_QUANTIZE_LEVELS = 128  # 8 bits: sign and 7 bits of index
 
+# Latents, moments and scales of a step may each come in one flat tensor for all params: flat.py.
 # Hyper-parameters that both step ops end with. lr and step are 0-dim float tensors, so that neither
 # enters a compile key; `grad_scale` and `found_inf` mean what they mean in torch's fused Adam.
 _STEP_TAIL = (

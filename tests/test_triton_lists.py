@@ -191,13 +191,14 @@ def test_compiled_code_is_launched_where_addresses_allow():
 
 
 def test_an_address_that_another_tensor_took_is_looked_at_again():
-    """Lists are known by their addresses: the same may come back with another shape, dtype or layout."""
+    """Lists are known by addresses: the same may come back in another shape, dtype or layout."""
     levels = [0.5, 1.0]
     state = make_state(levels, 0, torch.float32, [(4, 6), (8,)])
     arguments = tail(levels, 0) | {"backtrack": scalar(0.6)}
     fused_step(**state, **arguments)
     grad = state["grads"][0]
-    for other, message in ((grad.view(6, 4), "have the shape of"), (grad.view(torch.int32), "be float32"),
+    for other, message in ((grad.view(6, 4), "have the shape of"),
+                           (grad.view(torch.int32), "be float32"),
                            (grad.as_strided((4, 6), (1, 4)), "be contiguous")):
         assert other.data_ptr() == grad.data_ptr()
         with pytest.raises(ValueError, match=rf"blaq\.fused_step: grads\[0\] must {message}"):
