@@ -2,41 +2,55 @@
 // reads.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
 #include "cpu/packed_conv_int8.h"
 #include "packed_checks.h"
 
 namespace blaq {
 namespace {
 
-// Codes of a row, one a byte.
-void unpack_row(const Tensor& qweight, int64_t n, int64_t k, uint8_t* codes) {
-  const int64_t rows = qweight.size(1), bytes = qweight.size(2);
-  std::fill_n(codes, k, uint8_t{0});
-  for (int64_t b = 0; b < qweight.size(0); ++b) {
-    const uint8_t* plane = qweight.const_data_ptr<uint8_t>() + (b * rows + n) * bytes;
-    for (int64_t i = 0; i < k; ++i) codes[i] |= (plane[i / 8] >> (i % 8) & 1) << b;
-  }
-}
+// Of 64 channels, which are `taps` words: the bits of a tap in each word, and of which channel the first is.
+struct Gathering {
+  struct Part {
+    uint64_t mask = 0;
+    int64_t channel = 0;
+  };
+  int64_t taps;
+  std::vector<Part> parts;  // [tap][word]
 
-// The dwords of one row: of output n % 16 in each register. Channels of a tap are in the order that
-// packed_int8.h has inputs in.
-void repack_row(const uint8_t* codes, int bits, int64_t channels, const ConvRepacked& layout,
-                uint32_t* out) {
-  const int64_t words = padded(channels) / 32;
-  for (int64_t tap = 0; tap < layout.taps; ++tap, out += layout.words * 16) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const uint32_t code = codes[c * layout.taps + tap], sign = code >> (bits - 1);
-      if (bits <= 2) {
-        uint32_t* word = out + c / 32 * 16;
-        word[0] |= sign << c % 32;
-        // The second sign of a 2-bit weight is the other one where the magnitude is the lower.
-        if (bits == 2) word[words * 16] |= (sign ^ (~code & 1)) << c % 32;
-      } else {
-        out[(c / 32 * 4 + c % 4) * 16] |= code << c % 32 / 4 * 4;
-      }
+  explicit Gathering(int64_t taps_) : taps(taps_), parts(taps * taps) {
+    for (int64_t input = 64 * taps - 1; input >= 0; --input) {
+      Part& part = parts[input % taps * taps + input / 64];
+      part.mask |= uint64_t{1} << input % 64;
+      part.channel = input / taps;
     }
   }
+};
+
+// Four planes of 32 inputs to digits of 4 bits: the i-th of word p is the code of input 4i + p.
+inline void interleave_planes(uint32_t (&plane)[4]) {
+  const auto mix = [](uint32_t& a, uint32_t& b, int by, uint32_t low) {
+    const uint32_t first = (a & low) | ((b & low) << by);
+    b = ((a >> by) & low) | (b & ~low);
+    a = first;
+  };
+  mix(plane[0], plane[1], 1, 0x55555555);
+  mix(plane[2], plane[3], 1, 0x55555555);
+  mix(plane[0], plane[2], 2, 0x33333333);
+  mix(plane[1], plane[3], 2, 0x33333333);
 }
+
+}  // namespace
+}  // namespace blaq
+
+#define BLAQ_KERNEL_FILE "cpu/conv_repack_kernel.h"
+#include "cpu/foreach_isa.h"
+
+namespace blaq {
+namespace {
 
 Tensor conv_repack(const Tensor& qweight, int64_t in_features, int64_t taps, int64_t groups) {
   const char* op = "conv_repack";
@@ -45,17 +59,23 @@ Tensor conv_repack(const Tensor& qweight, int64_t in_features, int64_t taps, int
   const int64_t n = qweight.size(1), of_group = n / groups;
   const ConvRepacked layout(bits, n, in_features, taps, groups);
   Tensor out = torch::stable::new_empty(qweight, layout.shape());
-  torch::stable::zero_(out);
+  if (out.numel() == 0) return out;
+  const int64_t channels = in_features / taps, bytes = qweight.size(2);
+  const int64_t words = (channels + 63) / 64 * taps;
+  const Gathering gathering(taps);
+  const uint8_t* planes = qweight.const_data_ptr<uint8_t>();
   uint32_t* to = reinterpret_cast<uint32_t*>(out.mutable_data_ptr<uint8_t>());
   torch::stable::parallel_for(0, groups * layout.tiles, 1, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> codes(in_features);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      for (int64_t lane = 0; lane < 16; ++lane) {
-        const int64_t row = std::min(tile % layout.tiles * 16 + lane, of_group - 1);
-        unpack_row(qweight, tile / layout.tiles * of_group + row, in_features, codes.data());
-        repack_row(codes.data(), bits, in_features / taps, layout,
-                   to + tile * layout.tile_bytes() / 4 + lane);
+    std::vector<uint64_t> row(bits * words);
+    for (int64_t i = begin * 16; i < end * 16; ++i) {
+      const int64_t tile = i / 16, lane = std::min(tile % layout.tiles * 16 + i % 16, of_group - 1);
+      for (int b = 0; b < bits; ++b) {
+        const int64_t at = b * n + tile / layout.tiles * of_group + lane;
+        std::memcpy(&row[b * words], planes + at * bytes, bytes);
+        if (in_features % 64) row[b * words + in_features / 64] &= (uint64_t{1} << in_features % 64) - 1;
       }
+      BLAQ_VARIANT(repack_taps)(row.data(), bits, channels, gathering, layout.words,
+                                to + tile * layout.tile_bytes() / 4 + i % 16);
     }
   });
   return out;

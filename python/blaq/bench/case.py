@@ -15,6 +15,7 @@ from torch import Tensor
 import blaq_kernels
 
 from ..codebook import levels_of
+from .peers import PEERS
 from .timing import Timing, measure
 
 __all__ = ["BLAQ", "FLOOR", "Case", "Result", "Row", "Table", "Variant", "run_case"]
@@ -26,6 +27,8 @@ FLOOR_MOST_BYTES = 384 << 20
 a larger floor is measured on this much and scaled."""
 SWEPT_BYTES = 128 << 20
 """Four times the largest L3 of what this was measured on."""
+PAUSE_SECONDS = 0.02
+"""Until the threads of one library no longer spin when another's begin: torch's do for 5 ms."""
 AXES = ("dtype", "bits", "group_size", "method")
 
 
@@ -198,7 +201,8 @@ def run_case(case: Case, table: Table, rounds: int = 20, full: bool = False,
     floor, scale = _floor(variants[0].bytes)
     with torch.no_grad():
         timings = measure({v.name: v.call for v in [*variants, floor]}, rounds,
-                          before=_sweeper() if stream else None)
+                          before=_sweeper() if stream else None,
+                          pause=PAUSE_SECONDS if any(v.name in PEERS for v in variants) else 0.0)
     seconds = tuple(s * scale for s in timings[FLOOR].seconds)
     timings[FLOOR] = Timing(seconds, timings[FLOOR].repeats)
     rows = tuple(_row(case, table, v, timings, stream) for v in [*variants, floor])

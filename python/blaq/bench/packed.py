@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -41,8 +42,21 @@ def _repack(case: Case, full: bool) -> list[Variant]:
     n, k = case.size
     _, qweight, _ = make_weight(case, n, k)
     op = _ops.repack.default
-    return [Variant(BLAQ, lambda: op(qweight), 2 * qweight.nbytes),
-            Variant("qweight.clone()", qweight.clone, 2 * qweight.nbytes)]
+    return [Variant(BLAQ, lambda: op(qweight), 2 * qweight.nbytes), *_copies(qweight)]
+
+
+def _copies(qweight: Tensor) -> list[Variant]:
+    """As many bytes, from memory and from a file that the system's page cache holds."""
+    file = tempfile.TemporaryFile(buffering=0)
+    file.write(qweight.numpy().tobytes())
+    target = np.empty(qweight.nbytes, np.uint8)
+
+    def read() -> None:
+        file.seek(0)
+        file.readinto(target)
+
+    return [Variant("qweight.clone()", qweight.clone, 2 * qweight.nbytes),
+            Variant("read from a cached file", read, 2 * qweight.nbytes)]
 
 
 def _conv_repack(case: Case, full: bool) -> list[Variant]:
@@ -50,7 +64,7 @@ def _conv_repack(case: Case, full: bool) -> list[Variant]:
     _, qweight, _ = make_weight(case, out, channels * 9)
     op = _ops.conv_repack.default
     return [Variant(BLAQ, lambda: op(qweight, channels * 9, 9, 1), 2 * qweight.nbytes),
-            Variant("qweight.clone()", qweight.clone, 2 * qweight.nbytes)]
+            *_copies(qweight)]
 
 
 def _pack(case: Case, full: bool) -> list[Variant]:

@@ -52,6 +52,7 @@ def onnxruntime_4bit(x: Tensor, bias: Tensor) -> Peer:
                             ir_version=10)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # when a run is over
     session = onnxruntime.InferenceSession(model.SerializeToString(), options,
                                            providers=["CPUExecutionProvider"])
     inputs = {"x": x.numpy()}

@@ -62,7 +62,7 @@ class Timing:
 
 def measure(variants: Mapping[str, Callable[[], object]], rounds: int = 20,
             most_seconds: float = 30.0,
-            before: Callable[[], object] | None = None) -> dict[str, Timing]:
+            before: Callable[[], object] | None = None, pause: float = 0.0) -> dict[str, Timing]:
     """Time the variants in interleaved rounds, A B C A B C ….
 
     Each is called until it is warm; then a sample is as many calls as last a millisecond. Before a
@@ -74,6 +74,7 @@ def measure(variants: Mapping[str, Callable[[], object]], rounds: int = 20,
         rounds: samples of each variant.
         most_seconds: no round is begun after this time, but for the first five.
         before: called, untimed, ahead of every sample, which is then one call.
+        pause: seconds to sleep ahead of every sample.
 
     Returns:
         a :class:`Timing` for each name, all with the same number of rounds.
@@ -93,6 +94,8 @@ def measure(variants: Mapping[str, Callable[[], object]], rounds: int = 20,
             if done >= FEWEST_ROUNDS and time.perf_counter() - start > most_seconds:
                 break
             for name, call in variants.items():
+                if pause:
+                    time.sleep(pause)
                 if before:
                     before()
                 elif repeats[name] > 1:
