@@ -1,5 +1,7 @@
 """The C++ training kernels: the same bits on every instruction set and thread count, and the truth."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -196,7 +198,7 @@ def test_elementwise_ops_round_once(variant, dtype):
 
 @pytest.mark.parametrize("method", ["alternating", "exact"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("n", [50, 3000, 40_000])
+@pytest.mark.parametrize("n", [50, 3000, 40_000, 70_000])
 def test_a_step_on_nonfinite_gradients_ends(n, bad, method):
     """The op does not look at gradients; what they poison stays in their own tensor."""
     levels = levels_of("pow2", 4)
@@ -263,8 +265,9 @@ def test_a_weight_on_a_threshold_is_on_the_upper_level(variant, bits, scale):
 
 @pytest.mark.parametrize("stage", ["trial", "step"])
 @pytest.mark.parametrize("last", [0.0, 1e-6, 1e6])
-def test_a_last_scale_far_off_does_not_mislead_the_exact_method(last, stage):
-    levels, n = levels_of("pow2", 4), 40_000
+@pytest.mark.parametrize("n", [40_000, 70_000])
+def test_a_last_scale_far_off_does_not_mislead_the_exact_method(n, last, stage):
+    levels = levels_of("pow2", 4)
 
     def run(scale):
         state = make_state(levels, 0, torch.float32, [(n,)])
@@ -278,3 +281,75 @@ def test_a_last_scale_far_off_does_not_mislead_the_exact_method(last, stage):
         return state["params"][0]
 
     torch.testing.assert_close(run(last), run(0.3), rtol=1e-6, atol=0)
+
+
+def state_of(w, d, scale):
+    """Lists that a step without gradients and at lr 0 solves for (w, d), and the rest of its arguments."""
+    state = {"params": torch.empty_like(w), "grads": torch.zeros_like(w), "latents": w.clone(),
+             "exp_avgs": torch.zeros_like(w), "exp_avg_sqs": d.square(), "scales": scale.clone()}
+    return {k: [v] for k, v in state.items()}, {
+        "lr": torch.tensor(0.0), "step": torch.tensor(1e6), "beta1": 0.0, "beta2": 0.9999, "eps": 0.0,
+        "weight_decay": 0.0, "clip": 0.0, "group_size": 0, "max_iter": 5, "method": "exact"}
+
+
+def hard_weights(n):
+    generator = torch.Generator().manual_seed(n)
+
+    def normal():
+        return torch.randn(n, generator=generator)
+
+    place = torch.arange(n)
+    heavy = torch.zeros(n)
+    heavy[n // 3] = 1e3
+    one = torch.ones(n)
+    return {"gauss": (normal(), one), "heavy curvature": (normal(), (2 * normal()).exp()),
+            "one huge weight": (normal() + heavy, one), "one steep weight": (normal(), one + 100 * heavy),
+            "by column": (normal() * 2.0 ** (place % 16 - 8), one),
+            "by row": (normal() * 2.0 ** (place // (n // 8) - 4), one),
+            "equal": (torch.full((n,), 0.7), one), "zeros": (normal() * (place % 50 == 0), one),
+            "all zero": (torch.zeros(n), one), "grid": ((3 * normal()).round() / 7, one)}
+
+
+@pytest.mark.parametrize("case,name", [(case, ("pow2", "linear")[i % 2])
+                                       for i, case in enumerate(hard_weights(8))])
+def test_one_pass_keeps_the_last_scale_only_where_it_is_the_best(case, name):
+    """Trial and step of a large weight, from near the best scale and from elsewhere."""
+    n, levels = 66_000, levels_of(name, 4)
+    w, d = hard_weights(n)[case]
+    best_codes, best = ref.solve(w, d, None, levels, 0, 5, "exact")
+    optimum = ref.objective(w, d, best_codes, best, levels, 0) * 1.001 + 1e-14 * (d * w.square()).sum()
+    for factor in (1.0001, 2.0):
+        state, tail = state_of(w, d, best * factor)
+        torch.ops.blaq.fused_trial(**state, **tail, levels=levels)
+        rest = w.double() - state["params"][0].double()
+        assert 0.5 * (d * rest.square()).sum() <= optimum, (factor, "trial")
+        flips = torch.zeros(1, dtype=torch.int64)
+        torch.ops.blaq.fused_step(**state, trial_grads=[], **tail, levels=levels,
+                                  backtrack=torch.tensor(1.0), flips=flips)
+        scale = state["scales"][0]
+        codes = ref.quantize_codes(w, scale, levels, 0)
+        assert ref.objective(w, d, codes, scale, levels, 0) <= optimum, (factor, "step")
+        assert torch.equal(state["params"][0], ref.dequantize(codes, scale, levels, 0))
+        assert flips == (codes != ref.quantize_codes(w, best * factor, levels, 0)).sum()
+        if case == "gauss":
+            assert torch.equal(scale, best * factor) == (factor == 1.0001)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_pass_gives_the_same_bits_whether_or_not_the_scale_is_kept(dtype):
+    """Two steps from a bad scale: the first finds it, the second most often keeps it."""
+    levels, shapes, expected = levels_of("pow2", 4), [(300, 333), (257, 511)], None
+    for variant, threads in itertools.product(VARIANTS, (1, 3)):
+        blaq_kernels.set_cpu_capability(variant)
+        torch.set_num_threads(threads)
+        state = make_state(levels, 0, dtype, shapes)
+        tail = {**HYPER, "levels": levels, "group_size": 0, "method": "exact"}
+        written = []
+        for _ in range(2):
+            torch.ops.blaq.fused_trial(**{k: v for k, v in state.items() if k != "trial_grads"}, **tail)
+            written += [p.clone() for p in state["params"]]
+            flips = torch.zeros(len(shapes), dtype=torch.int64)
+            torch.ops.blaq.fused_step(**state, **tail, backtrack=torch.tensor(0.6), flips=flips)
+            written += [flips, *(x.clone() for k in ("params", "latents", "scales") for x in state[k])]
+        expected = expected or written
+        assert_same_bits(written, expected, f"{variant}, {threads} threads")

@@ -14,6 +14,13 @@ inline int bin_of(double x) {
   return static_cast<int>(std::bit_cast<uint32_t>(static_cast<float>(x)) >> kBinShift);
 }
 
+constexpr int64_t kTrustFrom = 4 * kBlock;  // elements, from which the bins alone are precise enough
+
+// The lowest bin that has a say among weights of this weighted mean.
+inline int least_bin(const Codebook& book, double mean) {
+  return bin_of(std::max(book.mid[0] * mean / 2, static_cast<double>(kScaleTiny)));
+}
+
 // Sums of (d|w|, d) over bins [base, base + bins); the first also takes what lies below, the last what
 // lies above. Parts are cut by the group's size alone, so that threads do not matter: each part is one
 // thread's, and adds its elements in order.
@@ -28,13 +35,20 @@ class Histogram {
 
   void clear(int64_t part) { std::fill_n(sums_.get() + part * bins_, bins_, Pair{}); }
   void add(int64_t part, const float* w, const float* d, int64_t n, const Next& next = {}) {
-    training_kernels().histogram(w, d, n, base_, bins_, next, sums_.get() + part * bins_);
+    training_kernels().histogram(w, d, n, {sums_.get() + part * bins_, base_, bins_}, next);
   }
   // To call once, when every part is whole: each bin becomes the sum of itself and all above.
   void accumulate();
 
   // Sums over the elements in bins from `bin` on.
   Pair from(int bin) const { return bin >= base_ + bins_ ? Pair{} : sums_[std::max(bin - base_, 0)]; }
+  Pair all() const { return sums_[0]; }
+  // Σ dw², from below: that of weights which are all the mean of their bin.
+  double squares() const;
+  // Whether every threshold that counts, among weights of this weighted mean, is the edge of a bin.
+  bool holds(const Codebook& book, double mean) const {
+    return least_bin(book, mean) > base() && highest() < top();
+  }
   int base() const { return base_; }
   int top() const { return base_ + bins_ - 1; }
   int highest() const;  // the highest bin that is not empty; base() where all are
@@ -52,6 +66,10 @@ class Histogram {
 
 // A histogram of n elements where weights of this scale are expected, to be filled along with the update.
 Histogram expected_histogram(int64_t n, float scale);
+
+// The last α where a whole histogram shows it to be as good as any; else the best; 0 where the histogram
+// does not hold every threshold.
+float settle(const Histogram& histogram, const Codebook& book, float last);
 
 // The best α of many elements, nearly exactly; `mean` are their weighted sums. `ready` is a histogram of
 // the group, or null; it serves where it holds every threshold that counts.

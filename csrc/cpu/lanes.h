@@ -92,6 +92,21 @@ inline uint32_t negative_lanes(Floats x) {
 #endif
 }
 
+// a[0], b[0], a[1], b[1], …
+inline void store_pairs(float* p, Floats a, Floats b) {
+#if BLAQ_ISA_AVX512
+  store(p, __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+  store(p + kLanes,
+        __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+#elif BLAQ_ISA_AVX2
+  store(p, __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11));
+  store(p + kLanes, __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15));
+#else
+  store(p, __builtin_shufflevector(a, b, 0, 4, 1, 5));
+  store(p + kLanes, __builtin_shufflevector(a, b, 2, 6, 3, 7));
+#endif
+}
+
 // Ends the compiler's freedom to move a sum: g++ would gather all terms first and spill them.
 template <typename Lanes>
 inline void settle(Lanes& x) {

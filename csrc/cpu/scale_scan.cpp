@@ -10,7 +10,7 @@ constexpr int kOctave = 1 << (23 - kBinShift);  // bins
 constexpr int kMaxBins = kOctave * 40;
 constexpr int kPeaks = 3;  // local maxima that a smaller group refits, each kRefits times
 constexpr int kRefits = 2;
-constexpr int64_t kTrustFrom = 4 * kBlock;  // elements, from which the bins alone are precise enough
+constexpr double kAsGood = 2e-4;  // of E, by which the last scale may miss the best of the bins
 
 // The first bin whose middle is at x or above.
 int edge_of(double x) {
@@ -42,6 +42,30 @@ Histogram histogram_of(const Group& group, int lowest, int top) {
   return histogram;
 }
 
+// What a weight adds to the sums where it rises above a threshold.
+struct Rises {
+  const Codebook& book;
+  double first[kMaxLevels], second[kMaxLevels];
+
+  explicit Rises(const Codebook& book_) : book(book_) {
+    for (int j = 0; j + 1 < book.count; ++j) {
+      const double low = book.level[j], high = book.level[j + 1];
+      first[j] = high - low, second[j] = high * high - low * low;
+    }
+  }
+  // Sums of the codes whose thresholds are the edges of bins nearest to those of α.
+  Pair sums(const Histogram& histogram, double alpha) const {
+    const double lowest = book.level[0];
+    Pair sums = {lowest * histogram.all().first, lowest * lowest * histogram.all().second};
+    for (int j = 0; j + 1 < book.count; ++j) {
+      const Pair reach = histogram.from(edge_of(book.mid[j] * alpha));
+      sums.first += first[j] * reach.first;
+      sums.second += second[j] * reach.second;
+    }
+    return sums;
+  }
+};
+
 // A candidate scale, the sums of its codes, and what those gain.
 struct Peak {
   double gain = 0, alpha = 0;
@@ -52,16 +76,9 @@ struct Peak {
 // Each bin goes to one level, so every candidate is a true assignment of codes, and its sums are exact.
 // The highest threshold of a candidate is the edge of a bin; of levels 1, 1/2, 1/4, … so is every other.
 std::vector<Peak> peaks_of(const Histogram& histogram, const Codebook& book, double mean) {
-  const int steps = book.count - 1;
-  const Pair all = histogram.from(histogram.base());
-  const double lowest = book.level[0];
-  double rise[kMaxLevels], rise_squares[kMaxLevels];
-  for (int j = 0; j < steps; ++j) {
-    const double low = book.level[j], high = book.level[j + 1];
-    rise[j] = high - low, rise_squares[j] = high * high - low * low;
-  }
+  const Rises rises(book);
   const double largest = std::bit_cast<float>(static_cast<uint32_t>(histogram.highest() + 1) << kBinShift);
-  const double highest_mid = book.mid[steps - 1];
+  const double highest_mid = book.mid[book.count - 2];
   const int first = bin_of(mean / 2 * highest_mid), last = bin_of(largest / book.mid[0] * highest_mid);
   std::vector<Peak> peaks;
   Peak before{}, here{};
@@ -69,12 +86,7 @@ std::vector<Peak> peaks_of(const Histogram& histogram, const Codebook& book, dou
     Peak after{};
     if (b <= last) {
       after.alpha = std::bit_cast<float>(static_cast<uint32_t>(b) << kBinShift) / highest_mid;
-      after.sums = {lowest * all.first, lowest * lowest * all.second};
-      for (int j = 0; j < steps; ++j) {
-        const Pair reach = histogram.from(edge_of(book.mid[j] * after.alpha));
-        after.sums.first += rise[j] * reach.first;
-        after.sums.second += rise_squares[j] * reach.second;
-      }
+      after.sums = rises.sums(histogram, after.alpha);
       after.gain = gain(after.sums);
     }
     if (here.gain > 0 && here.gain >= before.gain && here.gain > after.gain) peaks.push_back(here);
@@ -99,22 +111,45 @@ int Histogram::highest() const {
   return base_ + bin;
 }
 
+double Histogram::squares() const {
+  double sum = 0;
+  for (int b = 0; b < bins_; ++b) {
+    const Pair above = b + 1 < bins_ ? sums_[b + 1] : Pair{};
+    sum += gain({sums_[b].first - above.first, sums_[b].second - above.second});
+  }
+  return sum;
+}
+
 Histogram expected_histogram(int64_t n, float scale) {
   constexpr int kBelow = 12 * kOctave, kAbove = 4 * kOctave;  // a codebook's thresholds span 8 octaves
   return Histogram(n, std::max(0, bin_of(scale) - kBelow), kBelow + kAbove);
 }
 
+float settle(const Histogram& histogram, const Codebook& book, float last) {
+  const double mean = ratio(histogram.all());
+  if (!(mean > 0) || !histogram.holds(book, mean)) return 0;
+  Peak best;
+  for (const Peak& peak : peaks_of(histogram, book, mean)) {
+    if (peak.gain > best.gain) best = peak;
+  }
+  // The nearest codes gain no less than those at the edges of bins; and squares() is no more than Σ dw².
+  const Pair sums = Rises(book).sums(histogram, last);
+  const double here = last * (2 * sums.first - last * sums.second);
+  if (last > kScaleTiny && best.gain - here <= kAsGood * (histogram.squares() - best.gain)) return last;
+  const auto scale = static_cast<float>(ratio(best.sums));
+  return scale > kScaleTiny ? scale : 0;
+}
+
 double scan(const Group& group, const Codebook& book, const Pair& mean_sums, const Histogram* ready) {
   const double mean = ratio(mean_sums);
   if (!(mean > 0)) return 0;
-  const int lowest = bin_of(std::max(book.mid[0] * mean / 2, static_cast<double>(kScaleTiny)));
   std::vector<Peak> peaks;
-  if (ready && lowest > ready->base() && ready->highest() < ready->top()) {
+  if (ready && ready->holds(book, mean)) {
     peaks = peaks_of(*ready, book, mean);
   } else {
     const float largest = largest_magnitude(group);
     if (!(largest > kScaleTiny)) return 0;
-    peaks = peaks_of(histogram_of(group, lowest, bin_of(largest)), book, mean);
+    peaks = peaks_of(histogram_of(group, least_bin(book, mean), bin_of(largest)), book, mean);
   }
   const size_t kept = std::min<size_t>(kPeaks, peaks.size());
   std::partial_sort(peaks.begin(), peaks.begin() + kept, peaks.end(),

@@ -1,9 +1,8 @@
 // Two passes over a weight: update and sums; then, with the scale known, params. A group of at most a
-// block stays in its thread's cache between the two; a larger one is cut into blocks.
+// block stays in its thread's cache between the two; a larger one is cut into blocks. Where the exact scale
+// of a large weight is asked, step_once.cpp does with one.
 //
 // Bytes a float32 parameter that must move: trial reads 16 and writes 4, step reads 20 and writes 16.
-#include "cpu/step.h"
-
 #include <atomic>
 #include <memory>
 #include <optional>
@@ -11,70 +10,15 @@
 
 #include "cpu/histogram.h"
 #include "cpu/scratch.h"
+#include "cpu/step_once.h"
+#include "cpu/step_runner.h"
 
 namespace blaq {
 namespace {
 
-constexpr int64_t kChunk = 512;              // elements between the steps of one pass: stays in L1
-constexpr int64_t kStreamFrom = 1 << 20;      // parameters of a call, from which params go around the cache
-
-int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-
-class Runner {
+class TwoPasses : public Runner {
  public:
-  Runner(const Stage& stage, bool commits, int64_t parameters)
-      : stage_(stage), commits_(commits), streams_(parameters >= kStreamFrom) {}
-
-  // Elements [begin, begin + n) of a weight, at most a chunk: the update, and the weighted sums of its
-  // result. w and d take it; w is unused where the step commits, for then it is the latent.
-  void update(const Weight& weight, int64_t begin, int64_t n, float* w, float* d, Sums* sums) const {
-    const Inputs in(*this, weight, begin, n);
-    if (commits_) {
-      kernels_.step(in.grad, in.trial_grad, weight.latent + begin, weight.m + begin, weight.v + begin, n,
-                    stage_.scalars, d, sums);
-    } else {
-      kernels_.trial(in.grad, weight.latent + begin, weight.m + begin, weight.v + begin, n, stage_.scalars,
-                     w, d, sums);
-    }
-  }
-
-  // The same for one bit: only the signs of the result are kept. Returns how many are new.
-  int64_t update_signs(const Weight& weight, int64_t begin, int64_t n, uint16_t* negative,
-                       Sums* sums) const {
-    const Inputs in(*this, weight, begin, n);
-    if (commits_) {
-      return kernels_.step_signs(in.grad, in.trial_grad, weight.latent + begin, weight.m + begin,
-                                 weight.v + begin, n, stage_.scalars, negative, sums);
-    }
-    kernels_.trial_signs(in.grad, weight.latent + begin, weight.m + begin, weight.v + begin, n,
-                         stage_.scalars, negative, sums);
-    return 0;
-  }
-
-  // Writes params at [begin, begin + n), at most a chunk: `fill(streams, values)` makes them.
-  template <typename Fill>
-  int64_t write(const Weight& weight, int64_t begin, int64_t n, const Fill& fill) const {
-    if (weight.dtype == Dtype::f32) return fill(streams_, static_cast<float*>(weight.param) + begin);
-    float values[kChunk];
-    const int64_t result = fill(false, values);
-    kernels_.narrow(weight.dtype, values, n, static_cast<char*>(weight.param) + begin * 2);
-    return result;
-  }
-
-  int64_t write_values(const Weight& weight, int64_t begin, int64_t n, const float* w, float alpha,
-                       const uint8_t* old) const {
-    return write(weight, begin, n, [&](bool streams, float* out) {
-      return kernels_.values(w, n, book(), alpha, old, streams, out);
-    });
-  }
-
-  void write_signs(const Weight& weight, int64_t begin, int64_t n, const uint16_t* negative,
-                   float alpha) const {
-    write(weight, begin, n, [&](bool streams, float* out) {
-      kernels_.sign_values(negative, n, alpha, streams, out);
-      return 0;
-    });
-  }
+  using Runner::Runner;
 
   // A whole group by one thread. Returns the number of flips, where they are counted.
   int64_t run_group(const Weight& weight, int64_t begin, int64_t n, float* scale) const {
@@ -132,35 +76,7 @@ class Runner {
     last_.reset();
   }
 
-  // Params of (latent, scale) over [begin, end).
-  void restore(const Weight& weight, int64_t begin, int64_t end, float scale) const {
-    for (int64_t i = begin; i < end; i += kChunk) {
-      write_values(weight, i, std::min(kChunk, end - i), weight.latent + i, scale, nullptr);
-    }
-  }
-
-  const Codebook& book() const { return stage_.solver.book; }
-
  private:
-  // Gradients of a chunk as floats.
-  struct Inputs {
-    float wide[2][kChunk];
-    const float *grad, *trial_grad;
-
-    Inputs(const Runner& runner, const Weight& weight, int64_t begin, int64_t n)
-        : grad(floats(runner, weight, weight.grad, begin, n, wide[0])),
-          trial_grad(floats(runner, weight, weight.trial_grad, begin, n, wide[1])) {}
-    static const float* floats(const Runner& runner, const Weight& weight, const void* grad, int64_t begin,
-                               int64_t n, float* buffer) {
-      if (!grad) return nullptr;
-      const float factor = runner.stage_.scalars.inverse_grad_scale;
-      const char* at = static_cast<const char*>(grad) + begin * size_of(weight.dtype);
-      if (weight.dtype == Dtype::f32 && factor == 1.0f) return reinterpret_cast<const float*>(at);
-      runner.kernels_.widen(weight.dtype, at, factor, n, buffer);
-      return buffer;
-    }
-  };
-
   int64_t run_binary_group(const Weight& weight, int64_t begin, int64_t n, float* scale) const {
     uint16_t negative[kBlock / kSumLanes];
     std::unique_ptr<uint16_t[]> more;
@@ -181,7 +97,7 @@ class Runner {
   }
 
   int64_t run_level_group(const Weight& weight, int64_t begin, int64_t n, float* scale) const {
-    const bool counts = commits_ && weight.flips;
+    const bool counts = this->counts(weight);
     Scratch scratch(2 * Scratch::bytes_of<float>(n) + Scratch::bytes_of<uint8_t>(n));
     float* d = scratch.take<float>(n);
     float* own_w = scratch.take<float>(n);
@@ -232,17 +148,6 @@ class Runner {
     }
   };
 
-  Next inputs_at(const Weight& weight, int64_t i) const {
-    Next next;
-    for (const float* state : {weight.latent, weight.m, weight.v}) next.add(state + i, 4);
-    for (const void* grad : {weight.grad, weight.trial_grad}) {
-      if (grad) next.add(static_cast<const char*>(grad) + i * size_of(weight.dtype), size_of(weight.dtype));
-    }
-    return next;
-  }
-
-  bool counts(const Large& large) const { return commits_ && large.weight.flips; }
-
   // Both passes take the chunk at i.
   void first_pass(Large& large, int64_t i, float old_scale, Sums* sums) const {
     const int64_t count = std::min(kChunk, large.n - i);
@@ -251,7 +156,7 @@ class Runner {
           update_signs(large.weight, i, count, large.negative + i / kSumLanes, sums);
       return;
     }
-    if (counts(large)) {
+    if (counts(large.weight)) {
       kernels_.codes(large.weight.latent + i, count, book(), old_scale, large.old_codes + i);
     }
     update(large.weight, i, count, large.own_w + i, large.d + i, sums);
@@ -263,18 +168,15 @@ class Runner {
       return write_signs(large.weight, i, count, large.negative + i / kSumLanes, large.alpha);
     }
     large.flips[i / kBlock] += write_values(large.weight, i, count, large.w + i, large.alpha,
-                                            counts(large) ? large.old_codes + i : nullptr);
+                                            counts(large.weight) ? large.old_codes + i : nullptr);
   }
 
   void finish_counts() {
-    if (!last_ || !counts(*last_)) return;
+    if (!last_ || !counts(last_->weight)) return;
     *last_->weight.flips = 0;
     for (int64_t f : last_->flips) *last_->weight.flips += f;
   }
 
-  const Stage& stage_;
-  const TrainingKernels& kernels_ = training_kernels();
-  const bool commits_, streams_;
   int turn_ = 1;
   std::unique_ptr<Large> last_;
 };
@@ -338,7 +240,8 @@ int64_t parameters_of(const std::vector<Weight>& weights) {
 }
 
 void run(const std::vector<Weight>& weights, const Stage& stage, bool commits) {
-  Runner runner(stage, commits, parameters_of(weights));
+  TwoPasses runner(stage, commits, parameters_of(weights));
+  std::vector<const Weight*> once;
   for (const Weight& weight : weights) {
     if (commits && weight.flips) *weight.flips = 0;
   }
@@ -348,8 +251,12 @@ void run(const std::vector<Weight>& weights, const Stage& stage, bool commits) {
         const int64_t flips = runner.run_group(weight, begin, n, weight.scale + g);
         if (commits && weight.flips) std::atomic_ref(*weight.flips) += flips;  // integers: any order
       },
-      [&](const Weight& weight) { runner.run_blocks(weight, weight.rows * weight.cols); });
+      [&](const Weight& weight) {
+        const int64_t n = weight.rows * weight.cols;
+        takes_one_pass(stage.solver, n) ? once.push_back(&weight) : runner.run_blocks(weight, n);
+      });
   runner.flush();
+  run_once(runner, once);
 }
 
 }  // namespace

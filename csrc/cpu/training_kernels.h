@@ -26,16 +26,22 @@ struct Pair {
   }
 };
 
-// What the caller reads next, element by element: fetched meanwhile by a kernel that would leave memory idle.
+// What the caller reads next: fetched meanwhile by a kernel that would leave memory idle.
 struct Next {
   static constexpr int kMost = 5;
   int streams = 0;
-  const char* begin[kMost];
-  int64_t bytes[kMost];  // of an element
+  const char* begin[kMost] = {};
+  int64_t step[kMost] = {};  // bytes of kSumLanes elements
 
   void add(const void* stream, int64_t element_bytes) {
-    begin[streams] = static_cast<const char*>(stream), bytes[streams] = element_bytes, ++streams;
+    begin[streams] = static_cast<const char*>(stream), step[streams] = kSumLanes * element_bytes, ++streams;
   }
+};
+
+// A histogram's part: an element adds (d|w|, d) to bin clamp((bits of |w| >> kBinShift) - base).
+struct Bins {
+  Pair* sums;
+  int base, count;
 };
 
 enum class Dtype : int { f32, bf16, f16 };
@@ -56,12 +62,14 @@ struct TrainingKernels {
   // The same for one bit; returns how many signs are new.
   int64_t (*step_signs)(const float* grad, const float* trial_grad, float* latent, float* m, float* v,
                         int64_t n, const StepScalars&, uint16_t* negative, Sums*);
+  // The d of a step, from what it left in v.
+  void (*curvature)(const float* grad, const float* trial_grad, const float* v, int64_t n,
+                    const StepScalars&, float* d);
   // Σ d|w| and Σ d; Σ dβ|w| and Σ dβ². d counts as at least kCurvatureFloor.
   void (*weighted_sums)(const float* w, const float* d, int64_t n, Sums*);
   void (*level_sums)(const float* w, const float* d, int64_t n, const Codebook&, float scale, Sums*);
   float (*max_abs)(const float* w, int64_t n);  // NaN where there is one
-  // Adds (d|w|, d) to bin clamp((bits of |w| >> kBinShift) - base).
-  void (*histogram)(const float* w, const float* d, int64_t n, int base, int bins, const Next&, Pair* out);
+  void (*histogram)(const float* w, const float* d, int64_t n, const Bins&, const Next&);
   void (*codes)(const float* w, int64_t n, const Codebook&, float scale, uint8_t* out);
   // level × scale, around the cache where `streams`; returns how many codes differ from the old ones, 0
   // where those are not given.

@@ -2,6 +2,7 @@
 // order of every rounding is the source's.
 #include "cpu/update_kernel.h"
 #include "cpu/levels_kernel.h"
+#include "cpu/histogram_kernel.h"
 #include "cpu/convert_kernel.h"
 
 static void widen_floats(Dtype dtype, const void* in, float factor, int64_t n, float* out) {
@@ -38,5 +39,6 @@ static void blend_range(const float* __restrict current, const float* __restrict
 }
 
 static const TrainingKernels kTable = {
-    widen_floats, narrow_floats, trial,   trial_signs, step,        step_signs,    weighted_sums, level_sums,
-    max_abs,      histogram,     codes,   values,      sign_values, scaled_update, blend_range};
+    widen_floats,  narrow_floats, trial,   trial_signs, step,       step_signs, curvature,
+    weighted_sums, level_sums,    max_abs, histogram,   codes,      values,     sign_values,
+    scaled_update, blend_range};

@@ -265,6 +265,34 @@ static int64_t step_signs(const float* grad, const float* trial_grad, float* lat
   return step_keeping(grad, trial_grad, latent, m, v, n, s, KeepSigns{negative}, sums);
 }
 
+// v was β2·old + (1 - β2)g², g the gradient of Eq. 9: what remains of v without g is β2·old.
+template <typename T, bool kTrial>
+static inline T left_curvature_at(const float* grad, const float* trial_grad, const float* v, int64_t i,
+                                  const StepScalars& s) {
+  const auto sqrt = [](T x) { return root(x); };
+  const T moment = load_as(v + i, T{});
+  if constexpr (!kTrial) return curvature_of(moment, s, sqrt);
+  const T g = load_as(grad + i, T{}), gt = load_as(trial_grad + i, T{}), both = blended(g, gt, s);
+  const T old = larger(moment - s.one_minus_beta2 * (both * both), T{});
+  return blended(curvature_of(old + s.one_minus_beta2 * (g * g), s, sqrt),
+                 curvature_of(old + s.one_minus_beta2 * (gt * gt), s, sqrt), s);
+}
+
+template <bool kTrial>
+static void curvature_left(const float* grad, const float* trial_grad, const float* v, int64_t n,
+                           const StepScalars& s, float* d) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    store(d + i, left_curvature_at<Floats, kTrial>(grad, trial_grad, v, i, s));
+  }
+  for (; i < n; ++i) d[i] = left_curvature_at<float, kTrial>(grad, trial_grad, v, i, s);
+}
+
+static void curvature(const float* grad, const float* trial_grad, const float* v, int64_t n,
+                      const StepScalars& s, float* d) {
+  (trial_grad ? curvature_left<true> : curvature_left<false>)(grad, trial_grad, v, n, s, d);
+}
+
 static void weighted_sums(const float* w, const float* d, int64_t n, Sums* sums) {
   LaneSums lanes(*sums);
   int64_t i = sum_registers(n, lanes, [&](int64_t at, int r, ShortSums& partial) {
