@@ -166,8 +166,26 @@ def test_a_known_list_is_still_checked_for_what_may_have_changed():
 
 
 def test_copies_of_a_histogram_stay_within_their_memory():
-    assert settle.BINS.value * settle.copies_of(1) <= settle.MOST_BINS
+    one = settle.UNITS.value * settle.BINS.value
+    assert one * settle.copies_of(1) <= settle.MOST_BINS
     assert settle.copies_of(10**6) == 1 and settle.copies_of(1) == 8
+
+
+def test_zeros_are_those_of_a_stream_and_a_graph_has_its_own(monkeypatch):
+    device, own = torch.device("cpu"), (16, torch.int32)
+    monkeypatch.setattr(settle, "_zeros", {})
+    stream, captures = 1, False
+    monkeypatch.setattr(settle.devices, "stream_of", lambda device: stream)
+    monkeypatch.setattr(settle.devices, "capturing", lambda device: captures)
+    first = settle.zeros(device, *own)
+    assert settle.zeros(device, 8, torch.int32) is first and settle.zeros(device, *own) is first
+    assert settle.zeros(device, 16, torch.int64) is not first
+    stream = 2
+    other = settle.zeros(device, *own)
+    captures = True
+    captured = settle.zeros(device, *own)
+    assert len({x.data_ptr() for x in (first, other, captured)}) == 3
+    assert settle.zeros(device, *own) is not captured
 
 
 def test_compiled_code_is_launched_where_addresses_allow():

@@ -1,5 +1,6 @@
 """Device functions: sums over the chunks of a long group, in an order that does not change.
- A program leaves a record of its chunk. The last to finish of a run of chunks, known by a ticket,
+
+A program leaves a record of its chunk. The last to finish of a run of chunks, known by a ticket,
 adds the run's records in float64; the last run's adds the runs'. So no program has more than a few
 thousand records to read, however long the group is, and the same input gives the same bits. Tickets
 start at zero and are left there.
@@ -54,7 +55,8 @@ def folded(records, count, KIND: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.c
 def last_of_group(records, runs, tickets, group, chunk, chunks, WIDTH: tl.constexpr,
                   MEASURES: tl.constexpr):
     """Whether this program is the last of its group; then ``runs`` holds the sums of every run.
-    ``tickets``: one for each program, of which a run's first counts, then one for each group."""
+    ``MEASURES``: how many maxima a record holds. ``tickets``: one for each program, of which a run's
+    first counts, then one for each group."""
     program = tl.program_id(0).to(tl.int64)
     first = program - chunk % RUN
     in_run = tl.minimum(chunks - chunk // RUN * RUN, RUN)
@@ -65,7 +67,7 @@ def last_of_group(records, runs, tickets, group, chunk, chunks, WIDTH: tl.conste
         tl.store(run + FIRSTS, folded(own, in_run, FIRSTS, 1, WIDTH, False))
         tl.store(run + SECONDS, folded(own, in_run, SECONDS, 1, WIDTH, False))
         if MEASURES:
-            tl.store(run + MAXIMA, folded(own, in_run, MAXIMA, 1, 2, True))
+            tl.store(run + MAXIMA, folded(own, in_run, MAXIMA, 1, MEASURES, True))
         last = last_of(tickets + tl.num_programs(0) + group, (chunks + RUN - 1) // RUN)
     return last
 

@@ -3,7 +3,7 @@
   python -m blaq_kernels.triton.contract              # the table, of every architecture
   python -m blaq_kernels.triton.contract --cc 90
 
-Fails where a kernel spills to local memory (LDL, STL), loads less than 128 bits at a time where
+Fails where a kernel spills to local memory (LDL, STL), makes an atomic operation of a loop, loads less than 128 bits at a time where
 alignment allows more, misses the tensor cores that it means to use, or runs more instructions an
 element than its budget. No GPU takes part: nothing here is a time. The contract is for the code that
 Triton 3.6 makes; later versions may spill a register here and there.
@@ -36,6 +36,7 @@ class Row:
     registers: int
     shared: int
     spills: int
+    swaps: int
     wide_loads: int
     loads: int
     tensor_cores: int
@@ -45,6 +46,8 @@ class Row:
         case, found = self.case, []
         if self.spills:
             found.append(f"{self.spills} spills to local memory")
+        if self.swaps:
+            found.append("an atomic operation made of a loop")
         if case.wide_loads and not self.wide_loads:
             found.append("no 128-bit load")
         if case.tensor_cores and not self.tensor_cores:
@@ -91,6 +94,7 @@ def measure(case: Case, cc: int) -> Row:
     per_thread = case.elements / (32 * case.warps)
     return Row(case, cc, sass.registers(kernel.asm["cubin"]),
                kernel.metadata.shared, count("LDL", "STL"),
+               sum(".CAS" in op for op in opcodes),
                sum(op.startswith(("LDG", "LDGSTS")) and ".128" in op for op in opcodes),
                count("LDG"), count("HMMA", "HGMMA", "UTCHMMA", "WGMMA"),
                sass.executed(_usual(code) if case.ticket else code, case.trips) / per_thread)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .alternate import ALONE, AROUND
+from .alternate import ALONE, AROUND, NEAR
 from .contract_case import Case
-from .histogram import bin_histogram
 from .long_groups import (
     code_long_groups,
     step_long_groups,
@@ -26,7 +25,7 @@ SCALARS = {"lr": "*fp32", "step": "*fp32", "grad_scale": None, "found_inf": None
 SCALER = {"grad_scale": "*fp32", "found_inf": "*fp32"}
 HYPER = dict.fromkeys(("beta1", "one_minus_beta1", "log_beta1", "beta2", "one_minus_beta2",
                        "log_beta2", "eps", "weight_decay"), "fp32") | {"clip": None}
-STATE = {"records": "*fp32", "runs": "*fp64", "states": "*fp32", "active": "*i32",
+STATE = {"records": "*fp32", "runs": "*fp64", "bins": None, "states": "*fp32", "active": "*i32",
          "tickets": "*i32"}
 
 
@@ -83,36 +82,31 @@ def _long() -> list[Case]:
                                       ("fused_step", "1 bit", 80, False),
                                       ("fused_step", "pow2 4 bits", 180, False),
                                       ("fused_step", "linear 4 bits", 300, False),
-                                      ("fused_step", "pow2 4 bits", 100, True)):
+                                      ("fused_step", "pow2 4 bits", 180, True)):
         commits, several = what == "fused_step", book != "1 bit"
-        memory = {"w_scratch": None if commits else "*fp32", "d_scratch": "*fp32" if exact else None,
-                  "code_scratch": "*u8" if several and commits else None, "max_iter": "i32",
-                  "active": "*i32" if exact else None}
+        memory = {"w_scratch": None if commits else "*fp32", "max_iter": "i32",
+                  "code_scratch": "*u8" if several and commits else None,
+                  "bins": "*i64" if exact else None}
+        octaves = NEAR if exact else AROUND if several else ALONE
         found.append(Case(
-            f"{what}, long, first pass, {book}, fp32{', exact, grad scaler' if exact else ''}", step_long_groups,
-            TABLE | _stage(commits) | (SCALER if exact else {}) | STATE | memory,
+            f"{what}, long, first pass, {book}, fp32{', exact, grad scaler' if exact else ''}",
+            step_long_groups, TABLE | _stage(commits) | (SCALER if exact else {}) | STATE | memory,
             {"DTYPE": tl.float32, "COMMITS": commits, "BLENDS": commits, "LEVELS": BOOKS[book],
-             "OCTAVES": AROUND if several and not exact else ALONE, "EXACT": exact} | tile, CHUNK,
-            CHUNK // PER_WARP, budget, wide_loads=True, ticket=True))
+             "OCTAVES": octaves, "EXACT": exact, "COPIES": 8} | tile, CHUNK, CHUNK // PER_WARP,
+            budget, wide_loads=True, ticket=True))
     levels = {"LEVELS": BOOKS["pow2 4 bits"]} | tile
-    curvature = {"w_scratch": None, "curvature": "*fp32"}
-    found += [
-        Case("long, alternation, pow2 4 bits", sum_long_groups,
-             TABLE | curvature | STATE | {"init": None}, {"FIRST": False, "OCTAVES": ALONE, "EXACT": False} | levels,
-             CHUNK, CHUNK // PER_WARP, 35, wide_loads=True, ticket=True),
-        Case("long, first sums of a solve, pow2 4 bits", sum_long_groups,
-             TABLE | curvature | STATE | {"init": "*fp32"}, {"FIRST": True, "OCTAVES": ALONE, "EXACT": False} | levels,
-             CHUNK, CHUNK // PER_WARP, 35, wide_loads=True, ticket=True),
-        Case("long, first sums of an exact solve, pow2 4 bits", sum_long_groups,
-             TABLE | curvature | STATE | {"init": None}, {"FIRST": True, "OCTAVES": ALONE, "EXACT": True} | levels,
-             CHUNK, CHUNK // PER_WARP, 35, wide_loads=True, ticket=True),
-        Case("long, histogram, pow2 4 bits", bin_histogram,
-             TABLE | curvature | {"states": "*fp32", "active": "*i32", "tickets": "*i32",
-                                  "bins": "*i64", "suffix": "*fp64"}, {"COPIES": 8} | levels, CHUNK,
-             CHUNK // PER_WARP, 45, wide_loads=True, ticket=True),
-        Case("long, codes, pow2 4 bits", code_long_groups,
-             TABLE | {"codes": "*u8", "states": "*fp32"}, levels, CHUNK, CHUNK // PER_WARP, 30,
-             wide_loads=True)]
+    for what, first, search, budget in (("alternation", False, False, 35),
+                                        ("first sums of a solve", True, False, 35),
+                                        ("search of an exact solve", False, True, 120)):
+        found.append(Case(
+            f"long, {what}, pow2 4 bits", sum_long_groups,
+            TABLE | STATE | {"curvature": "*fp32", "init": "*fp32" if first else None,
+                             "bins": "*i64" if search else None},
+            {"FIRST": first, "OCTAVES": ALONE, "EXACT": search, "COPIES": 8} | levels, CHUNK,
+            CHUNK // PER_WARP, budget, wide_loads=True, ticket=True))
+    found.append(Case("long, codes, pow2 4 bits", code_long_groups,
+                      TABLE | {"codes": "*u8", "states": "*fp32"}, levels, CHUNK,
+                      CHUNK // PER_WARP, 30, wide_loads=True))
     for what, dtype, scaler in (("fused_step", "fp32", None), ("fused_step", "bf16", "*fp32"),
                                 ("fused_trial", "bf16", "*fp32")):
         commits = what == "fused_step"

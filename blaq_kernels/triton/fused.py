@@ -13,10 +13,10 @@ from torch import Tensor
 from .. import step_lists
 from ..step_lists import Stage, Weights
 from . import launch
-from .alternate import ALONE, AROUND
+from .alternate import ALONE, AROUND, NEAR
 from .long_groups import step_long_groups, write_long_groups
 from .plan import Part, parts
-from .settle import Workspace, settle
+from .settle import Workspace
 from .short_groups import step_short_groups
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -67,16 +67,15 @@ def _short(stage: Stage, part: Part) -> launch.Launch:
 def _run_long(stage: Stage, part: Part, table: Tensor, programs: Tensor,
               here: Sequence[Tensor | None]) -> None:
     several = len(stage.levels) > 1
-    searches = stage.exact and several
-    work = Workspace.of(part, table.device, searches, not stage.commits,
-                        stage.flips is not None and several, searches)
+    exact = stage.exact and several
+    work = Workspace.of(part, table.device, not stage.commits, stage.flips is not None and several,
+                        exact)
+    octaves = NEAR if exact else AROUND if several else ALONE
     grid, dtype = (programs.numel(),), TYPES[part.dtype]
     tile = {"TILE": part.tile, "ALIGNED": part.aligned, "num_warps": part.warps}
     step_long_groups[grid](
-        table, programs, *here, stage.flips, *_hyper(stage), 1 if searches else stage.max_iter,
-        work.w, work.d, work.codes, *work.sums(), dtype, stage.commits, stage.blends, stage.levels,
-        AROUND if several and not searches else ALONE, searches, **tile)
-    if searches:
-        settle(work, table, programs, stage.levels, True, 0, tile)
+        table, programs, *here, stage.flips, *_hyper(stage), stage.max_iter, work.w, work.codes,
+        work.records, work.runs, work.bins, work.states, work.tickets, dtype, stage.commits,
+        stage.blends, stage.levels, octaves, exact, work.copies, **tile)
     write_long_groups[grid](table, programs, here[-1], stage.flips, work.w, work.codes, work.states,
                             dtype, stage.commits, stage.levels, **tile)

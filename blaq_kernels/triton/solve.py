@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from . import launch
 from .alternate import ALONE
 from .long_groups import code_long_groups, sum_long_groups
 from .plan import Part, parts
-from .settle import Workspace, settle
+from .settle import Workspace
 from .short_groups import solve_short_groups
 
 
@@ -67,11 +66,22 @@ def _solve_long(part: Part, table: Tensor, programs: Tensor, inputs: tuple[Tenso
                 init_scale: Tensor | None, levels: tuple[float, ...], max_iter: int,
                 exact: bool) -> None:
     _, curvature, codes, _ = inputs
-    work = replace(Workspace.of(part, table.device, False, False, False, True), d=curvature)
+    work = Workspace.of(part, table.device, False, False, exact)
+    active = torch.zeros(part.groups, dtype=torch.int32, device=table.device)
     grid, tile = (programs.numel(),), {"TILE": part.tile, "ALIGNED": part.aligned,
                                        "num_warps": part.warps}
-    sum_long_groups[grid](table, programs, None, curvature, init_scale, *work.sums(), True, levels,
-                          ALONE, exact, **tile)
-    if len(levels) > 1:
-        settle(work, table, programs, levels, exact, max_iter - (init_scale is not None), tile)
+
+    def sum_pass(first: bool = False, searches: bool = False) -> None:
+        sum_long_groups[grid](
+            table, programs, curvature, init_scale if first and not exact else None, work.records,
+            work.runs, work.bins if searches else None, work.states, active, work.tickets, first,
+            levels, ALONE, searches, work.copies, **tile)
+
+    sum_pass(first=True)
+    if exact:
+        sum_pass(searches=True)
+        sum_pass()
+    elif len(levels) > 1:
+        for _ in range(max_iter - (init_scale is not None)):
+            sum_pass()
     code_long_groups[grid](table, programs, codes, work.states, levels, **tile)
