@@ -308,6 +308,7 @@ def test_a_run_ended_by_a_signal_resumes_to_the_same_bits(capsys, tmp_path, how)
 
 
 def test_output_into_a_closed_pipe_is_no_error():
-    process = spawn("env")
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = spawn("env", env=buffered)
     process.stdout.close()
     assert "Traceback" not in process.stderr.read() and process.wait() in (0, 1)

@@ -85,7 +85,9 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     except SystemExit as end:  # --help or a usage error, which argparse has printed
         return int(end.code or 0)
     try:
-        return int(module.run(args))
+        code = int(module.run(args))
+        sys.stdout.flush()  # while a closed pipe can still be answered for
+        return code
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
