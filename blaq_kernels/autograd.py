@@ -46,13 +46,14 @@ def straight_through(grad: Tensor, input: Tensor) -> Tensor:
 
 
 def _linear_setup(ctx, inputs, output):
-    input, qweight, scale, bias, ctx.levels, ctx.group_size, *_ = inputs
+    input, qweight, scale, bias, ctx.levels, ctx.group_size, repacked, _ = inputs
     ctx.has_bias = bias is not None
-    ctx.save_for_backward(input, qweight, scale)
+    ctx.save_for_backward(input, qweight, scale, None if qweight.shape[2] else repacked)
 
 
 def _linear_backward(ctx, grad):
-    input, qweight, scale = ctx.saved_tensors
+    input, qweight, scale, repacked = ctx.saved_tensors
+    qweight = reference.planes_of(qweight, repacked, input.shape[-1])
     return *_linear_grads(ctx, grad, input, qweight, scale), *[None] * 4
 
 
@@ -90,13 +91,16 @@ def _binary_linear_backward(ctx, grad):
 
 def _conv2d_setup(ctx, inputs, output):
     (input, qweight, scale, bias, ctx.levels, ctx.group_size, ctx.kernel_size, ctx.stride,
-     ctx.padding, ctx.dilation, ctx.groups, _, _, relu) = inputs
+     ctx.padding, ctx.dilation, ctx.groups, repacked, _, relu) = inputs
     ctx.has_bias = bias is not None
-    ctx.save_for_backward(input, qweight, scale, output if relu else None)
+    ctx.save_for_backward(input, qweight, scale, None if qweight.shape[2] else repacked,
+                          output if relu else None)
 
 
 def _conv2d_backward(ctx, grad):
-    input, qweight, scale, rectified = ctx.saved_tensors
+    input, qweight, scale, repacked, rectified = ctx.saved_tensors
+    taps = ctx.kernel_size[0] * ctx.kernel_size[1]
+    qweight = reference.planes_of(qweight, repacked, input.shape[1] // ctx.groups * taps)
     if rectified is not None:
         grad = torch.where(rectified > 0, grad, 0.0)
     return *_conv2d_grads(ctx, grad, input, qweight, scale), *[None] * 10

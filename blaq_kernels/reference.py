@@ -319,6 +319,7 @@ def packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
                   levels: Sequence[float], group_size: int, repacked: Tensor | None = None,
                   accuracy: str = "high") -> Tensor:
     """``input @ unpack(qweight).T + bias``, the weight as training had it in the input's dtype."""
+    qweight = planes_of(qweight, repacked, input.shape[-1])
     weight = unpack(qweight, scale, levels, group_size, input.shape[-1], input.dtype)
     return torch.nn.functional.linear(input, weight, bias)
 
@@ -331,6 +332,7 @@ def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
     """``conv2d`` with the unpacked weight ``[out, in/groups, kh, kw]``, and its ReLU if asked."""
     channels = input.shape[1] // groups
     in_features = channels * kernel_size[0] * kernel_size[1]
+    qweight = planes_of(qweight, repacked, in_features)
     weight = unpack(qweight, scale, levels, group_size, in_features, input.dtype)
     weight = weight.reshape(qweight.shape[1], channels, *kernel_size)
     output = torch.nn.functional.conv2d(input, weight, bias, list(stride), list(padding),
@@ -348,6 +350,41 @@ def conv_repack(qweight: Tensor, in_features: int, taps: int, groups: int) -> Te
     return torch.stack([torch.stack([
         torch.cat([_registers(plane[group, ..., tap], bits if bits > 2 else 1) for plane in planes], 1)
         for tap in range(taps)], 1) for group in range(groups)])
+
+
+def unrepack(repacked: Tensor, bits: int, n: int, in_features: int) -> Tensor:
+    """Bit planes ``[bits, n, ceil(in_features/8)]``: the inverse of :func:`repack` and
+    :func:`conv_repack`, whose shape says which made it."""
+    if repacked.dim() == 5:
+        groups, _, taps, words, _ = repacked.shape
+        channels, parts = in_features // taps, bits if bits == 2 else 1
+        by_tap = repacked.transpose(1, 2).reshape(groups * taps, -1, parts, words // parts * 64)
+        codes = torch.stack([torch.stack([
+            _codes(x[:, part].reshape(-1), n // groups, channels, bits if bits > 2 else 1)
+            for part in range(parts)]) for x in by_tap])  # [groups · taps, parts, N/groups, channels]
+        codes = codes[:, 0] if parts == 1 else codes[:, 0] << 1 | codes[:, 0] ^ codes[:, 1] ^ 1
+        codes = codes.reshape(groups, taps, n // groups, channels).permute(0, 2, 3, 1)
+        return pack(codes.reshape(n, in_features), bits)
+    columns = -(-in_features // 8) * 8
+    return pack(_codes(repacked, n, columns, bits), bits)
+
+
+def _codes(registers: Tensor, n: int, k: int, bits: int) -> Tensor:
+    """Codes ``[n, k]``: the inverse of :func:`_registers`."""
+    words = bits if bits <= 2 else 4
+    digits = registers.reshape(-(-n // 16), -1, words, 16, 4)
+    digits = torch.stack([digits & 15, digits >> 4], -1).reshape(*digits.shape[:-1], 8)
+    term = torch.arange(4 // words, device=registers.device)
+    codes = digits[..., None] >> (term * words).to(torch.uint8) & (1 << words) - 1
+    codes = codes.permute(0, 3, 1, 4, 5, 2)  # tile, lane, 32 columns, digit, term, register
+    return codes.reshape(codes.shape[0] * 16, -1)[:n, :k]
+
+
+def planes_of(qweight: Tensor, repacked: Tensor | None, in_features: int) -> Tensor:
+    """``qweight``; where it has no planes, for ``repacked`` stands for them, those."""
+    if repacked is None or qweight.shape[2] or not in_features:
+        return qweight
+    return torch.ops.blaq.unrepack.default(repacked, *qweight.shape[:2], in_features)
 
 
 def signs(input: Tensor) -> Tensor:

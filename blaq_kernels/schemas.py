@@ -60,6 +60,7 @@ SCHEMAS = {
     "int group_size, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
     "int groups, Tensor? repacked=None, str accuracy='high', bool relu=False) -> Tensor",
     "conv_repack": "(Tensor qweight, int in_features, int taps, int groups) -> Tensor",
+    "unrepack": "(Tensor repacked, int bits, int n, int in_features) -> Tensor",
     "binary_repack": "(Tensor qweight, int in_features, int taps, int groups) -> Tensor",
     "binary_linear": "(Tensor input, Tensor qweight, Tensor scale, Tensor? bias, int group_size, "
     "Tensor? repacked=None) -> Tensor",
@@ -304,7 +305,8 @@ def check_pack(codes: Tensor, bits: int) -> None:
 
 
 def _check_qweight(op: str, qweight: Tensor, scale: Tensor, levels: Sequence[float],
-                   group_size: int, in_features: int, scale_dtypes: Sequence[torch.dtype]) -> None:
+                   group_size: int, in_features: int, scale_dtypes: Sequence[torch.dtype],
+                   may_lack_planes: bool = False) -> None:
     check_levels(op, levels)
     _group_size(op, group_size)
     _dtype_in(op, "qweight", qweight, (torch.uint8,))
@@ -316,7 +318,7 @@ def _check_qweight(op: str, qweight: Tensor, scale: Tensor, levels: Sequence[flo
             qweight.shape[0])
     require(in_features >= 0, op, "in_features", "be at least 0", in_features)
     bytes_ = -(-in_features // 8)
-    require(qweight.shape[2] == bytes_, op, "qweight", f"have {bytes_} bytes a row for K = {in_features}",
+    require(qweight.shape[2] == bytes_ or (may_lack_planes and qweight.shape[2] == 0), op, "qweight", f"have {bytes_} bytes a row for K = {in_features}",
             qweight.shape[2])
     _scale(op, "scale", scale, (qweight.shape[1], in_features), group_size, scale_dtypes,
            qweight.device)
@@ -369,12 +371,13 @@ def conv_repacked_shape(bits: int, n: int, in_features: int, taps: int,
     return groups, -(-n // groups // 16), taps, words, 64
 
 
-def _check_repacked(op: str, repacked: Tensor | None, qweight: Tensor, accuracy: str,
+def _check_repacked(op: str, repacked: Tensor | None, qweight: Tensor, in_features: int, accuracy: str,
                     shape: tuple[int, ...] | None = None) -> None:
     require(accuracy in ACCURACIES, op, "accuracy", "be 'exact', 'high' or 'fast'", repr(accuracy))
     if repacked is not None:
         _dtype_in(op, "repacked", repacked, (torch.uint8,))
-        shape = shape or (repacked_bytes(*qweight.shape, qweight.device.type),)
+        shape = shape or (repacked_bytes(*qweight.shape[:2], -(-in_features // 8),
+                                         qweight.device.type),)
         require(tuple(repacked.shape) == shape, op, "repacked", f"have shape {list(shape)}",
                 list(repacked.shape))
         _contiguous(op, "repacked", repacked)
@@ -386,9 +389,10 @@ def check_packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Ten
     op = "packed_linear"
     require(input.dim() >= 1, op, "input", "have at least 1 dimension", input.dim())
     _dtype_in(op, "input", input, FLOAT_DTYPES)
-    _check_qweight(op, qweight, scale, levels, group_size, input.shape[-1], _scale_dtypes_for(input))
+    _check_qweight(op, qweight, scale, levels, group_size, input.shape[-1], _scale_dtypes_for(input),
+                   repacked is not None and not qweight.is_cuda)
     _check_packed_input(op, input, qweight, bias)
-    _check_repacked(op, repacked, qweight, accuracy)
+    _check_repacked(op, repacked, qweight, input.shape[-1], accuracy)
 
 
 def check_packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
@@ -399,11 +403,12 @@ def check_packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Ten
     op = "packed_conv2d"
     _check_geometry(op, input, kernel_size, stride, padding, dilation, groups)
     _check_conv_weight(op, input, qweight, scale, bias, levels, group_size, kernel_size, stride,
-                       padding, dilation, groups)
+                       padding, dilation, groups, repacked is not None and not qweight.is_cuda)
     taps = kernel_size[0] * kernel_size[1]
+    in_features = input.shape[1] // groups * taps
     shape = (None if group_size > 0 else
-             conv_repacked_shape(*qweight.shape[:2], input.shape[1] // groups * taps, taps, groups))
-    _check_repacked(op, repacked, qweight, accuracy, shape)
+             conv_repacked_shape(*qweight.shape[:2], in_features, taps, groups))
+    _check_repacked(op, repacked, qweight, in_features, accuracy, shape)
 
 
 def _check_geometry(op: str, input: Tensor, kernel_size: Sequence[int], stride: Sequence[int],
@@ -425,9 +430,10 @@ def _check_geometry(op: str, input: Tensor, kernel_size: Sequence[int], stride: 
 def _check_conv_weight(op: str, input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
                        levels: Sequence[float], group_size: int, kernel_size: Sequence[int],
                        stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-                       groups: int) -> None:
+                       groups: int, may_lack_planes: bool = False) -> None:
     in_features = input.shape[1] // groups * kernel_size[0] * kernel_size[1]
-    _check_qweight(op, qweight, scale, levels, group_size, in_features, _scale_dtypes_for(input))
+    _check_qweight(op, qweight, scale, levels, group_size, in_features, _scale_dtypes_for(input),
+                   may_lack_planes)
     require(qweight.shape[1] % groups == 0, op, "qweight",
             f"have rows divisible by groups = {groups}", qweight.shape[1])
     _check_packed_input(op, input, qweight, bias)
@@ -442,6 +448,25 @@ def check_binary_repack(qweight: Tensor, in_features: int, taps: int, groups: in
 
 def check_conv_repack(qweight: Tensor, in_features: int, taps: int, groups: int) -> None:
     _check_repack_by_tap("conv_repack", qweight, 4, in_features, taps, groups)
+
+
+def check_unrepack(repacked: Tensor, bits: int, n: int, in_features: int) -> None:
+    op = "unrepack"
+    _dtype_in(op, "repacked", repacked, (torch.uint8,))
+    _contiguous(op, "repacked", repacked)
+    require(not repacked.is_cuda, op, "repacked", "be on device cpu", repacked.device)
+    require(1 <= bits <= 4, op, "bits", "be 1, 2, 3 or 4", bits)
+    require(n >= 0, op, "n", "be at least 0", n)
+    require(in_features >= 0, op, "in_features", "be at least 0", in_features)
+    require(repacked.dim() in (1, 5), op, "repacked", "have 1 dimension or 5", list(repacked.shape))
+    shape: tuple[int, ...] = (repacked_bytes(bits, n, -(-in_features // 8)),)
+    if repacked.dim() == 5:
+        groups, _, taps, *_ = repacked.shape
+        require(groups > 0 and n % groups == 0 and taps > 0 and in_features % taps == 0, op, "repacked",
+                "have groups that divide n and taps that divide in_features", list(repacked.shape))
+        shape = conv_repacked_shape(bits, n, in_features, taps, groups)
+    require(tuple(repacked.shape) == shape, op, "repacked", f"have shape {list(shape)}",
+            list(repacked.shape))
 
 
 def _check_repack_by_tap(op: str, qweight: Tensor, most_bits: int, in_features: int, taps: int,
@@ -572,6 +597,8 @@ FAKES: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {
     "packed_linear": (check_packed_linear, _fake_linear),
     "packed_conv2d": (check_packed_conv2d, _fake_conv2d),
     "conv_repack": (check_conv_repack, _fake_conv_repack),
+    "unrepack": (check_unrepack, lambda repacked, bits, n, in_features:
+                 repacked.new_empty((bits, n, -(-in_features // 8)))),
     "binary_repack": (check_binary_repack, _fake_binary_repack),
     "binary_linear": (check_binary_linear, _fake_linear),
     "binary_conv2d": (check_binary_conv2d, _fake_binary_conv2d),

@@ -7,12 +7,16 @@
 
 namespace blaq {
 
+// A weight without planes, [bits, N, 0], which a repacked one stands for.
+inline bool has_planes(const Tensor& qweight, int64_t in_features) { return qweight.size(2) > 0 || in_features == 0; }
+
 // Width of a code for this many magnitudes: one sign bit and an index.
 inline int bits_of(size_t levels) { return 1 + static_cast<int>(std::bit_width(levels - 1)); }
 
 inline void check_qweight(const char* op, const Tensor& qweight, const Tensor& scale,
                           const std::vector<double>& levels, int64_t group_size,
-                          int64_t in_features, std::initializer_list<ScalarType> scale_dtypes) {
+                          int64_t in_features, std::initializer_list<ScalarType> scale_dtypes,
+                          bool may_lack_planes = false) {
   check_levels(op, levels);
   check_group_size(op, group_size);
   check_dtype(op, "qweight", qweight, {ScalarType::Byte});
@@ -25,7 +29,7 @@ inline void check_qweight(const char* op, const Tensor& qweight, const Tensor& s
                qweight.size(0));
   BLAQ_REQUIRE(in_features >= 0, op, "in_features", "be at least 0", in_features);
   const int64_t bytes = in_features / 8 + (in_features % 8 != 0);
-  BLAQ_REQUIRE(qweight.size(2) == bytes, op, "qweight",
+  BLAQ_REQUIRE(qweight.size(2) == bytes || (may_lack_planes && qweight.size(2) == 0), op, "qweight",
                "have " + text(bytes) + " bytes a row for K = " + text(in_features),
                qweight.size(2));
   check_scale(op, "scale", scale, {qweight.size(1), in_features}, group_size, scale_dtypes);

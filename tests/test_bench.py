@@ -24,7 +24,7 @@ from blaq_kernels.schemas import SCHEMAS
 
 SMALL = {"fused_trial": (2, 33), "fused_step": (2, 33), "trial_and_step": (2, 33),
          "scaled_update": (77,), "blend": (77,), "solve": (5, 13), "fake_quantize": (5, 13),
-         "pack": (5, 13), "unpack": (5, 13), "repack": (5, 13), "packed_linear": (3, 16, 40),
+         "pack": (5, 13), "unpack": (5, 13), "repack": (5, 13), "unrepack": (5, 13), "packed_linear": (3, 16, 40),
          "packed_conv2d": (2, 4, 6, 8), "conv_repack": (4, 6), "binary_repack": (5, 13), "binary_linear": (3, 16, 40),
          "binary_conv2d": (2, 4, 6, 8), "resnet18": (1, 32, 8)}
 

@@ -53,7 +53,7 @@ def test_triton_serves_cuda_tensors():
         pytest.skip(f"BLAQ_BACKEND={backend}")
     serving = blaq_kernels.serving("cuda")
     none = {name for name, who in serving.items() if who != "Triton"}
-    assert none == {"repack", "conv_repack", "binary_repack", "binary_linear", "binary_conv2d"}
+    assert none == {"repack", "conv_repack", "unrepack", "binary_repack", "binary_linear", "binary_conv2d"}
 
 
 @pytest.mark.parametrize("group_size", GROUPS)

@@ -65,6 +65,7 @@ OPCHECK_CASES = {
                                *packed_weight(6, 18, "pow2", 2, -1)[:2], torch.randn(6), [0.5, 1.0],
                                -1, [3, 3], [2, 1], [1, 0], [1, 2], 2), {"relu": True}),
     "conv_repack": lambda: ((packed_weight(6, 18, "pow2", 2, 0)[0], 18, 9, 2), {}),
+    "unrepack": lambda: ((torch.ops.blaq.repack(packed_weight(6, 18, "pow2", 2, 0)[0]), 2, 6, 18), {}),
     "binary_repack": lambda: ((packed_weight(6, 18, "pow2", 1, 0)[0], 18, 9, 2), {}),
     "binary_linear": lambda: ((torch.randn(2, 70, requires_grad=True),
                                *packed_weight(3, 70, "pow2", 1, 64)[:2], torch.randn(3), 64), {}),

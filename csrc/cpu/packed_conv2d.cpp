@@ -143,6 +143,10 @@ void convolve(const Tensor& input, PackedMatrix weight, const std::optional<Tens
   // Registers have 16 outputs, which must be of one group.
   const bool int8 = words && weight.group_size > 0 && has_int8(weight, accuracy) &&
                     (conv.groups == 1 || n % 16 == 0);
+  if (!int8 && weight.wants_planes) {
+    *weight.wants_planes = true;
+    return;
+  }
   std::optional<Tensor> copy;
   const Image image = padded_image<T>(input, conv, copy);
   std::vector<int64_t> offset;
@@ -257,7 +261,7 @@ Tensor packed_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& s
   const int64_t in_features = channels / groups * kernel_size[0] * kernel_size[1];
   const bool wide = input.scalar_type() == ScalarType::Double;
   check_qweight(op, qweight, scale, levels, group_size, in_features,
-                {wide ? ScalarType::Double : ScalarType::Float});
+                {wide ? ScalarType::Double : ScalarType::Float}, repacked.has_value());
   const int64_t outputs = qweight.size(1);
   BLAQ_REQUIRE(outputs % groups == 0, op, "qweight",
                "have rows divisible by groups = " + text(groups), outputs);
@@ -282,6 +286,13 @@ Tensor packed_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& s
   const bool few = outputs / groups < kFewOutputs ||
                    (conv.group_channels() < kFewChannels &&
                     conv.places() * outputs * in_features >= kManyProducts);
+  const bool whole = has_planes(qweight, in_features), decodes = wide || few || single;
+  const auto with_planes = [&] {
+    return packed_conv2d(input, unrepack(*repacked, qweight.size(0), outputs, in_features), scale, bias, levels,
+                         group_size, kernel_size, stride, padding, dilation, groups, repacked, accuracy_name,
+                         relu);
+  };
+  if (!empty && !whole && decodes) return with_planes();
   if (!empty && (wide || (few && !single))) {
     Tensor output = torch::stable::contiguous(
         unpacked_conv2d(dense, qweight, scale, bias, levels, group_size, in_features, conv), layout);
@@ -296,12 +307,14 @@ Tensor packed_conv2d(const Tensor& input, const Tensor& qweight, const Tensor& s
               conv, relu, output);
     return output;
   }
-  const PackedMatrix weight =
+  PackedMatrix weight =
       packed_matrix(qweight, scale, levels, group_size, in_features, input.scalar_type(), groups);
+  std::atomic<bool> wants_planes = false;
+  if (!whole) weight.wants_planes = &wants_planes;
   with_float_type(input.scalar_type(), [&]<typename T>() {
     if constexpr (sizeof(T) <= 4) convolve<T>(dense, weight, repacked, accuracy, bias, conv, relu, output);
   });
-  return output;
+  return wants_planes ? with_planes() : output;
 }
 
 }  // namespace

@@ -295,6 +295,10 @@ class Tile {
   // A place that a pixel without a unit reaches: in float.
   void exactly(int64_t image, int64_t place, int64_t group, int64_t output, int64_t width,
                float* result) const {
+    if (call_.weight.wants_planes) {
+      *call_.weight.wants_planes = true;
+      return;
+    }
     const Conv& conv = call_.conv;
     const int64_t channels = conv.group_channels(), stride = padded(call_.weight.k),
                   taps = conv.taps();

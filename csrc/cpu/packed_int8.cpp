@@ -64,7 +64,13 @@ void multiply_int8(const PackedMatrix& weight, const uint8_t* repacked, Accuracy
   Product one = product;
   one.count = 1;
   for (int r = 0; r < product.count; ++r) {
-    if (!multiply(weight, repacked, accuracy, one)) multiply_rows(weight, one);
+    if (!multiply(weight, repacked, accuracy, one)) {
+      if (weight.wants_planes) {
+        *weight.wants_planes = true;
+      } else {
+        multiply_rows(weight, one);
+      }
+    }
     one.rows += product.row_stride, one.out += product.out_stride;
   }
 }

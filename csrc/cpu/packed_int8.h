@@ -30,6 +30,9 @@ Accuracy accuracy_of(const char* op, const std::string& name);
 void check_repacked(const char* op, const torch::stable::Tensor& repacked,
                     const torch::stable::Tensor& qweight, int64_t in_features);
 
+// Bit planes [bits, n, ceil(in_features / 8)] of a weight that repack or conv_repack made.
+torch::stable::Tensor unrepack(const torch::stable::Tensor& repacked, int64_t bits, int64_t n, int64_t in_features);
+
 // The kernels of a variant, which keep the rules of multiply_int8 but for rows that have no unit: there
 // `multiply` is false, and what it wrote is nothing.
 struct Int8Kernels {
@@ -51,7 +54,8 @@ bool has_int8(const PackedMatrix& weight, Accuracy accuracy);
 void repack(const PackedMatrix& weight, uint8_t* out);
 
 // As multiply_rows, from a multiple of 16 outputs on. A row whose inputs are not finite, or too small for
-// a unit, goes to multiply_rows: so NaN and Inf give what F.linear gives, in their rows alone.
+// a unit, goes to multiply_rows: so NaN and Inf give what F.linear gives, in their rows alone. Without planes
+// it is left as it is, and wants_planes says so.
 void multiply_int8(const PackedMatrix& weight, const uint8_t* repacked, Accuracy accuracy,
                    const Product& product);
 

@@ -125,9 +125,15 @@ Tensor packed_linear(const Tensor& input, const Tensor& qweight, const Tensor& s
   const int64_t in_features = input.sizes().back();
   const bool wide = input.scalar_type() == ScalarType::Double;
   check_qweight(op, qweight, scale, levels, group_size, in_features,
-                {wide ? ScalarType::Double : ScalarType::Float});
+                {wide ? ScalarType::Double : ScalarType::Float}, repacked.has_value());
   check_packed_input(op, input, qweight, bias);
   if (repacked) check_repacked(op, *repacked, qweight, in_features);
+  const auto with_planes = [&] {
+    return packed_linear(input, unrepack(*repacked, qweight.size(0), qweight.size(1), in_features), scale, bias,
+                         levels, group_size, repacked, accuracy_name);
+  };
+  const bool whole = has_planes(qweight, in_features);
+  if (wide && !whole) return with_planes();
   if (wide) return float64_linear(input, qweight, scale, bias, levels, group_size);
 
   std::vector<int64_t> shape = input.sizes().vec();
@@ -135,9 +141,11 @@ Tensor packed_linear(const Tensor& input, const Tensor& qweight, const Tensor& s
   Tensor output = torch::stable::new_empty(input, shape);
   if (output.numel() == 0) return output;
   const Tensor rows = input.is_contiguous() ? input : torch::stable::contiguous(input);
-  const PackedMatrix weight =
-      packed_matrix(qweight, scale, levels, group_size, in_features, input.scalar_type());
+  PackedMatrix weight = packed_matrix(qweight, scale, levels, group_size, in_features, input.scalar_type());
   const bool int8 = repacked && has_int8(weight, accuracy);
+  std::atomic<bool> wants_planes = !whole && !int8;
+  if (wants_planes) return with_planes();
+  if (!whole) weight.wants_planes = &wants_planes;
   with_float_type(input.scalar_type(), [&]<typename T>() {
     if constexpr (sizeof(T) <= 4) {
       if (int8) {
@@ -147,7 +155,7 @@ Tensor packed_linear(const Tensor& input, const Tensor& qweight, const Tensor& s
       }
     }
   });
-  return output;
+  return wants_planes ? with_planes() : output;
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -60,6 +61,8 @@ struct PackedMatrix {
   // Powers of two times the rounded scale are the rounded weights; others are rounded one by one.
   Rounding round_scale = Rounding::none, round_weight = Rounding::none;
   const float* bias = nullptr;  // [n]
+  // Where qweight has no planes, for a repacked weight stands for them: set once they are wanted after all.
+  std::atomic<bool>* wants_planes = nullptr;
 };
 
 PackedMatrix packed_matrix(const torch::stable::Tensor& qweight, const torch::stable::Tensor& scale,

@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY(blaq, m) {
   m.def("packed_conv2d(Tensor input, Tensor qweight, Tensor scale, Tensor? bias, float[] levels, "
         "int group_size, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
         "int groups, Tensor? repacked=None, str accuracy='high', bool relu=False) -> Tensor");
+  m.def("unrepack(Tensor repacked, int bits, int n, int in_features) -> Tensor");
   m.def("conv_repack(Tensor qweight, int in_features, int taps, int groups) -> Tensor");
   m.def("binary_repack(Tensor qweight, int in_features, int taps, int groups) -> Tensor");
   m.def("binary_linear(Tensor input, Tensor qweight, Tensor scale, Tensor? bias, int group_size, "

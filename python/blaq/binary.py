@@ -61,7 +61,7 @@ class BinaryLayer(PackedLayer):
     def from_packed(cls, layer: PackedLayer) -> BinaryLayer:
         """The layer that takes the signs of its input, of the same tensors."""
         new = cls.like(layer, layer.levels, layer.group_size, layer.dtype)
-        new.qweight, new.scale, new.bias = layer.qweight, layer.scale, layer.bias
+        new.qweight, new.scale, new.bias = layer.planes(), layer.scale, layer.bias
         new.mapped = layer.mapped
         return new
 
@@ -71,6 +71,9 @@ class BinaryLayer(PackedLayer):
 
     def _wants_repacked(self, qweight: Tensor) -> bool:
         return qweight.is_cpu and bool(blaq_kernels.cpu_capabilities())
+
+    def _reads_planes(self) -> bool:
+        return True
 
     def _repack(self) -> Tensor:
         return torch.ops.blaq.binary_repack.default(self.qweight, *self._geometry())

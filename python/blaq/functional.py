@@ -19,7 +19,8 @@ from torch import Tensor
 import blaq_kernels  # noqa: F401  (defines torch.ops.blaq)
 
 __all__ = ["binary_conv2d", "binary_linear", "binary_repack", "blend", "conv_repack", "fake_quantize", "fused_step",
-           "fused_trial", "pack", "packed_conv2d", "packed_linear", "repack", "scaled_update", "solve", "unpack"]
+           "fused_trial", "pack", "packed_conv2d", "packed_linear", "repack", "scaled_update", "solve", "unpack",
+           "unrepack"]
 
 _ops = torch.ops.blaq
 
@@ -165,7 +166,8 @@ def packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
         qweight: uint8, ``[bits, N, ceil(K/8)]``, contiguous.
         scale: float32 (float64 for a float64 ``input``).
         bias: ``[N]``, dtype of ``input``.
-        repacked: :func:`repack` of ``qweight``; without it every kernel is exact.
+        repacked: :func:`repack` of ``qweight``; without it every kernel is exact. On the CPU it may stand
+            for a ``qweight`` of ``[bits, N, 0]``.
         accuracy: error that a kernel may make, relative, on Gaussian data: ``exact`` (that of
             float32), ``high`` (4e-4, less than bfloat16's) or ``fast`` (1e-2: 8-bit inputs). A
             processor or codebook without such a kernel is served by a more exact one.
@@ -190,7 +192,8 @@ def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
         scale: float32 (float64 for a float64 ``input``).
         bias: ``[out]``, dtype of ``input``.
         repacked: :func:`conv_repack` of ``qweight``, or its :func:`repack` where ``group_size`` > 0;
-            without it every kernel is exact.
+            without it every kernel is exact. On the CPU it may stand for a ``qweight`` of
+            ``[bits, out, 0]``.
         accuracy: as :func:`packed_linear` has it.
         relu: whether negative results become 0.
     """
@@ -211,6 +214,15 @@ def conv_repack(qweight: Tensor, in_features: int, taps: int = 1, groups: int = 
         more for 3 bits) where channels are a multiple of 32 and outputs of 16, else rounded up to them.
     """
     return _ops.conv_repack.default(qweight, in_features, taps, groups)
+
+
+def unrepack(repacked: Tensor, bits: int, n: int, in_features: int) -> Tensor:
+    """The bit planes, uint8 ``[bits, n, ceil(in_features/8)]``, of a weight in the order of CPU kernels.
+
+    Args:
+        repacked: what :func:`repack` or :func:`conv_repack` made of planes of this shape, on the CPU.
+    """
+    return _ops.unrepack.default(repacked, bits, n, in_features)
 
 
 def binary_repack(qweight: Tensor, in_features: int, taps: int = 1, groups: int = 1) -> Tensor:

@@ -23,6 +23,7 @@ from .accuracy import checked, get_accuracy
 from .decoded import version
 from .encoding import encode
 from .memory import page_out
+from .planes import Planes
 from .quantization import Quantization
 
 __all__ = ["PackedConv2d", "PackedLinear"]
@@ -42,11 +43,12 @@ def run(op: Callable[..., Tensor], input: Tensor, qweight: Tensor, scale: Tensor
         return op(input, qweight, scale, bias, *others)
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(Planes):
     """What the packed layers share: the packed weight, its decoding, and the ways in and out.
 
     Attributes:
-        qweight: uint8 ``[bits, N, ceil(K/8)]``, bit planes of the codes (docs/format.md).
+        qweight: uint8 ``[bits, N, ceil(K/8)]``, bit planes of the codes (docs/format.md); ``[bits, N, 0]``
+            after :func:`blaq.drop_planes`.
         scale: float32 ``[1]``, ``[N, 1]`` or ``[N, ceil(K/g)]``; float32 it stays, whatever dtype
             the module is cast to (float64 after ``.double()``). ``scale.requires_grad_()`` makes it
             trainable, for an optimizer that is given ``layer.scale``.
@@ -61,14 +63,12 @@ class PackedLayer(nn.Module):
     GEOMETRY: ClassVar[tuple[str, ...]]
     """Constructor arguments, and attributes, that the float layer has too."""
 
-    qweight: Tensor
     scale: Tensor
     bias: nn.Parameter | None
     folded: bool = False
     mapped: Tensor | None = None
 
     _accuracy: str | None = None
-    _repacked: tuple[Tensor, int, Tensor] | None = None  # of which qweight, of which version, and it
     _kept_decoded: decoded.Decoded | None = None
 
     def __init__(self, weight_shape: Sequence[int], bias: bool, levels: Sequence[float],
@@ -95,7 +95,7 @@ class PackedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The quantized weight in ``dtype``, decoded anew on every read; not a parameter."""
         flat: Tensor = torch.ops.blaq.unpack.default(
-            self.qweight, self.scale.detach(), self.levels, self.group_size,
+            self.planes(), self.scale.detach(), self.levels, self.group_size,
             matrix_shape(self.weight_shape)[1], self.dtype)
         return flat.reshape(self.weight_shape)
 
@@ -115,15 +115,20 @@ class PackedLayer(nn.Module):
         that ``torch.compile`` captures has what an eager call made before, so make one first; an
         exported program has none, and computes exactly."""
         if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting() and self.lacks_planes:
+                raise ValueError(f"blaq.{type(self).__name__}: layer must have its planes to be exported, "
+                                 "got one that dropped them; try blaq.restore_planes(model)")
             kept = None if torch.compiler.is_exporting() else self._repacked
             return None if kept is None else kept[2]
         qweight = self._buffers["qweight"]
         if not self._wants_repacked(qweight):
+            self.keep_planes()
             return None
         now, kept = version(qweight), self._repacked
         if kept is None or kept[0] is not qweight or kept[1] != now:
             # Two threads may both make it: the same.
-            kept = self._repacked = qweight, now, self._repack()
+            with torch.inference_mode(False), torch.no_grad():  # a graph may save it
+                kept = self._repacked = qweight, now, self._repack()
             if qweight is self.mapped:
                 page_out(qweight)
         return kept[2]
@@ -144,7 +149,7 @@ class PackedLayer(nn.Module):
         if kept is None or not kept.is_of(qweight, scale) or kept.weight.dtype is not dtype:
             with torch.inference_mode(False), torch.no_grad():  # a graph may save it
                 weight = torch.ops.blaq.unpack.default(
-                    qweight.detach(), scale.detach(), self.levels, self.group_size,
+                    self.planes().detach(), scale.detach(), self.levels, self.group_size,
                     matrix_shape(self.weight_shape)[1], dtype).reshape(self.weight_shape)
             kept = self._kept_decoded = decoded.Decoded(
                 qweight, scale, (version(qweight), version(scale)), *self._bounds(dtype), weight)
@@ -155,7 +160,7 @@ class PackedLayer(nn.Module):
         return -1, decoded.ALL
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_repacked": None, "_kept_decoded": None, "mapped": None}
+        return {**super().__getstate__(), "_kept_decoded": None}
 
     @property
     def bytes_repacked(self) -> int:
@@ -217,6 +222,7 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         """Keeps ``scale`` wide: a scale rounded to 16 bits would change every weight."""
+        self.keep_planes()
         self._repacked = self._kept_decoded = None
         scale, probe = self.scale, fn(self.scale.new_empty(0, dtype=self.dtype))
         super()._apply(fn, recurse)
@@ -295,9 +301,9 @@ class PackedLinear(PackedLayer):
             weight = self._decoded(input.dtype)
             if weight is not None:
                 return decoded.linear(input, weight, bias)
+        repacked = self.repacked()  # first: it may make qweight whole
         return run(torch.ops.blaq.packed_linear.default, input, self._buffers["qweight"],
-                   self._buffers["scale"], bias, self.levels, self.group_size, self.repacked(),
-                   self.accuracy)
+                   self._buffers["scale"], bias, self.levels, self.group_size, repacked, self.accuracy)
 
     def _bounds(self, dtype: torch.dtype) -> tuple[int, int]:
         if self.qweight.is_inference() or self.scale.is_inference():  # which count no versions
@@ -364,15 +370,21 @@ class PackedConv2d(PackedLayer):
         if self._pad_first is not None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._pad_first, mode=mode)
+        repacked = self.repacked()  # first: it may make qweight whole
         return run(torch.ops.blaq.packed_conv2d.default, input, self._buffers["qweight"],
                    self._buffers["scale"], bias, self.levels, self.group_size, self.kernel_size,
-                   self.stride, self._op_padding, self.dilation, self.groups, self.repacked(),
+                   self.stride, self._op_padding, self.dilation, self.groups, repacked,
                    self.accuracy, self.relu)
 
     def _wants_repacked(self, qweight: Tensor) -> bool:
         # Without groups of inputs, the only 8-bit kernels of convolutions are AVX-512's.
         return super()._wants_repacked(qweight) and (
             self.group_size > 0 or blaq_kernels.int8_kernels() == "AVX-512 VNNI")
+
+    def _reads_planes(self) -> bool:
+        outputs, channels = self.out_channels // self.groups, self.in_channels // self.groups
+        narrow = min(outputs, channels) < 16 or (self.group_size > 0 and self.groups > 1 and outputs % 16)
+        return bool(narrow) or super()._reads_planes()
 
     def _repack(self) -> Tensor:
         if self.group_size > 0:

@@ -36,7 +36,8 @@ class LayerSummary:
         levels: the magnitudes.
         group_size: 0, -1 or g > 0; None in full precision.
         bytes_float32: with every floating-point tensor in float32, quantized or not.
-        bytes_now: of the module's tensors as they are.
+        bytes_now: of the module's tensors as they are; codes whose planes were dropped are in
+            ``bytes_repacked`` alone.
         bytes_packed: after ``blaq.pack``; as now, where the layer is packed or stays as it is.
         bytes_repacked: of the copy in the order that this processor's kernels read, which a packed
             layer keeps from its first call on.

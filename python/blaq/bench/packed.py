@@ -59,6 +59,13 @@ def _copies(qweight: Tensor) -> list[Variant]:
             Variant("read from a cached file", read, 2 * qweight.nbytes)]
 
 
+def _unrepack(case: Case, full: bool) -> list[Variant]:
+    n, k = case.size
+    _, qweight, _ = make_weight(case, n, k)
+    repacked, op = _ops.repack.default(qweight), _ops.unrepack.default
+    return [Variant(BLAQ, lambda: op(repacked, case.bits, n, k), 2 * qweight.nbytes), *_copies(qweight)]
+
+
 def _conv_repack(case: Case, full: bool) -> list[Variant]:
     channels, out = case.size
     _, qweight, _ = make_weight(case, out, channels * 9)
@@ -268,6 +275,7 @@ TABLES = {table.op: table for table in (
     Table("pack", build=_pack, axes={"bits": (1, 2, 4)}, **_MATRIX),
     Table("unpack", build=_unpack, axes={"dtype": ("float32",), **_WEIGHT}, **_MATRIX),
     Table("repack", build=_repack, axes={"bits": (1, 2, 4)}, **_MATRIX),
+    Table("unrepack", build=_unrepack, axes={"bits": (1, 2, 4)}, **_MATRIX),
     Table("packed_linear", ("M", "N", "K"),
           tuple((m, 4096, 4096) for m in (1, 4, 16, 64, 256)), _packed_linear, _linear_operations,
           {"dtype": ("float32",), **_WEIGHT}),
