@@ -3,11 +3,11 @@ scalars."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-
 
 _HERE = nullcontext()
 
@@ -29,9 +29,26 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def kept_empty(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that stays from call to call of the current stream.
+
+    Whoever warms up for a graph (torch.compile, ``torch.cuda.use_mem_pool``) has what a thread
+    allocates come from the graph's pool, where nothing may outlive the call: so a thread of its own
+    allocates."""
+    if device.type != "cuda":
+        return torch.empty(count, dtype=dtype, device=device)
+    stream = torch.cuda.current_stream(device)
+
+    def allocate() -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.empty(count, dtype=dtype, device=device)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(allocate).result()
+
+
 def on_same_device(x: Tensor, device: torch.device) -> Tensor:
-    """A 0-dim tensor as kernels read it. One on the CPU is written to the device without waiting
-    for
+    """A 0-dim tensor as kernels read it. One on the CPU is written to the device without waiting for
     it: a captured graph replays that value, so what a graph is to follow belongs on the device."""
     if x.device == device:
         return x

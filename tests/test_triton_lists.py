@@ -1,13 +1,21 @@
 """How Triton's training kernels take a list: offsets, tables, rules, and what is kept between calls."""
 
+import contextlib
+import threading
+
 import pytest
 import torch
 from step_cases import (  # noqa: F401 (fixtures)
-    DEVICE, STATE, make_state, scalar, tail,
+    DEVICE,
+    STATE,
+    make_state,
+    scalar,
+    tail,
 )
 
+from blaq_kernels import device as devices
 from blaq_kernels import flat, tables
-from blaq_kernels.triton import launch, plan, settle
+from blaq_kernels.triton import launch, plan, settle, workspace
 from blaq_kernels.triton.blend import blend
 from blaq_kernels.triton.fused_step import fused_step
 from blaq_kernels.triton.scaled_update import scaled_update
@@ -173,19 +181,61 @@ def test_copies_of_a_histogram_stay_within_their_memory():
 
 def test_zeros_are_those_of_a_stream_and_a_graph_has_its_own(monkeypatch):
     device, own = torch.device("cpu"), (16, torch.int32)
-    monkeypatch.setattr(settle, "_zeros", {})
+    monkeypatch.setattr(workspace, "_zeros", {})
     stream, captures = 1, False
-    monkeypatch.setattr(settle.devices, "stream_of", lambda device: stream)
-    monkeypatch.setattr(settle.devices, "capturing", lambda device: captures)
-    first = settle.zeros(device, *own)
-    assert settle.zeros(device, 8, torch.int32) is first and settle.zeros(device, *own) is first
-    assert settle.zeros(device, 16, torch.int64) is not first
+    monkeypatch.setattr(workspace.devices, "stream_of", lambda device: stream)
+    monkeypatch.setattr(workspace.devices, "capturing", lambda device: captures)
+    first = workspace.zeros(device, *own)
+    assert workspace.zeros(device, 8, torch.int32) is first and workspace.zeros(device, *own) is first
+    assert workspace.zeros(device, 16, torch.int64) is not first
     stream = 2
-    other = settle.zeros(device, *own)
+    other = workspace.zeros(device, *own)
     captures = True
-    captured = settle.zeros(device, *own)
+    captured = workspace.zeros(device, *own)
     assert len({x.data_ptr() for x in (first, other, captured)}) == 3
-    assert settle.zeros(device, *own) is not captured
+    assert workspace.zeros(device, *own) is not captured
+
+
+def test_parts_of_a_sum_are_those_of_a_stream_and_a_graph_has_its_own(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(workspace, "_zeros", {})
+    monkeypatch.setattr(workspace, "_splits", {})
+    stream, captures = 1, False
+    monkeypatch.setattr(workspace.devices, "stream_of", lambda device: stream)
+    monkeypatch.setattr(workspace.devices, "capturing", lambda device: captures)
+    first = workspace.splits_of(device, 100, 4)
+    assert workspace.splits_of(device, 60, 4) is first and not first.tickets.any()
+    more_tickets = workspace.splits_of(device, 10, 8)
+    assert more_tickets.parts is first.parts and more_tickets.tickets.numel() == 8
+    more_parts = workspace.splits_of(device, 200, 2)
+    assert more_parts.parts.numel() == 200 and more_parts.tickets is more_tickets.tickets
+    assert workspace.splits_of(device, 200, 8) is more_parts  # neither grows in turn
+    stream = 2
+    other = workspace.splits_of(device, 10, 4)
+    captures = True
+    captured = [workspace.splits_of(device, 10, 4) for _ in range(2)]
+    assert len({x.data_ptr() for pair in (more_parts, other, *captured) for x in pair}) == 8
+
+
+def test_what_is_kept_comes_from_no_pool_of_the_thread(monkeypatch):
+    """A graph's pool takes what one thread allocates; what outlives the call must not be there."""
+    seen, current = [], object()
+
+    @contextlib.contextmanager
+    def on(stream):
+        seen.append(stream)
+        yield
+
+    def empty(count, dtype, device):
+        seen.append((threading.get_ident() == here, count, device.type))
+        return torch.zeros(count, dtype=dtype)
+
+    here = threading.get_ident()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch, "empty", empty)
+    kept = devices.kept_empty(3, torch.int32, torch.device("cuda", 0))
+    assert kept.dtype == torch.int32 and seen == [current, (False, 3, "cuda")]
 
 
 def test_compiled_code_is_launched_where_addresses_allow():

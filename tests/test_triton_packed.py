@@ -11,14 +11,14 @@ from blaq_kernels import reference as ref
 from blaq_kernels.codebook import levels_of
 
 pytest.importorskip("triton")
-from blaq_kernels.triton import launch, linear_plans
+from blaq_kernels.triton import launch, linear_plans, workspace
 from blaq_kernels.triton.decode import _pair_asm
 from blaq_kernels.triton.fake_quantize import fake_quantize
 from blaq_kernels.triton.linear_plans import (CONV_LARGE, CONV_SMALL, DECODE, HOPPER, OTHERS,
                                               Plan, Target, conv_plan_for, plan_for)
 from blaq_kernels.triton.pack import pack
 from blaq_kernels.triton.packed_conv2d import packed_conv2d
-from blaq_kernels.triton.packed_linear import matmul, packed_linear, scale_mode
+from blaq_kernels.triton.packed_linear import matmul, packed_linear, product_of, scale_mode
 from blaq_kernels.triton.unpack import unpack
 
 pytestmark = pytest.mark.skipif(not launch.interpreted() and not torch.cuda.is_available(),
@@ -204,6 +204,34 @@ def test_packed_linear_with_many_rows(plan, book, group_size, dtype):
         assert_rounded_once(actual, exact_linear(*args))
 
 
+def test_parts_of_more_rows_are_added_by_a_launch_of_their_own():
+    levels, m, n, k = BOOKS["pow2-4"], 65, 20, 300
+    x, (qweight, scale) = tensor(m, k, dtype=torch.bfloat16), packed_weight(n, k, levels, -1)
+    bias, actual = tensor(n, dtype=torch.bfloat16), torch.empty(m, n, dtype=torch.bfloat16).to(DEVICE)
+    args = (x, qweight, scale, bias, levels, -1)
+    assert product_of(*args, PLANS[0]).add
+    matmul(*args, actual, PLANS[0])
+    assert_rounded_once(actual, exact_linear(*args))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has an order of its own")
+def test_whichever_program_ends_last_adds_the_same_parts(monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    levels, m, n, k = BOOKS["binary"], 17, 17, 256
+    args = (tensor(m, k), *packed_weight(n, k, levels, -1), tensor(n), levels, -1)
+    plan = Plan(cols=16, rows=16, bytes=8, warps=4, stages=1, interleaved=False, splits=3)
+    forward, backward = torch.full((m, n), math.nan), torch.full((m, n), math.nan)
+    matmul(*args, forward, plan)
+    place = builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: place(
+        *(size - 1 - at for size, at in zip(builder.grid_dim, (x, y, z), strict=True))))
+    matmul(*args, backward, plan)
+    assert same_bits(forward, backward)
+    assert_rounded_once(forward, exact_linear(*args))
+    assert not workspace.splits_of(forward.device, 0, 4).tickets.any()
+
+
 @pytest.mark.parametrize("m", [1, 40, 2000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packed_linear_by_its_own_plan(dtype, m):
@@ -329,6 +357,7 @@ def test_plans():
 
     assert not plan(1, 8192, 8192).interleaved and plan(1, 8192, 8192).splits == 5
     assert plan(16, 128, 8192).splits > 5 and plan(1, 8192, 64).splits == 1
+    assert (plan(512, 8192, 4096).cols, plan(512, 2048, 4096).cols) == (256, 128)  # twice the programs
     assert plan(17, 8192, 8192).interleaved and plan(4096, 8192, 8192) is None
     assert plan(1, 64, 64, torch.float64) is None and plan(17, 64, 64, torch.float32) is None
     assert plan(300, 64, 64, target=Target(8, 108)) is None

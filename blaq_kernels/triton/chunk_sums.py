@@ -19,7 +19,8 @@ RECORD = tl.constexpr(48)
 def last_of(ticket, count):
     """Whether the other ``count - 1`` that take this ticket have: then what they stored can be
     read.
- One thread takes it. The barrier puts every thread's stores before it, it releases them to the
+
+    One thread takes it. The barrier puts every thread's stores before it, it releases them to the
     whole GPU and acquires those of the others, and its result reaches the other threads by a
     barrier again. What others stored is read past L1 (``.cg``), which may hold lines from
     before."""

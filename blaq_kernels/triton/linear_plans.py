@@ -4,7 +4,8 @@ by shape and architecture. Nothing is tuned when a program runs.
 Reasons, counted and not yet measured:
 
 * Up to 16 rows the weight's bytes are all that matters. Few weights a program and k split among
-  programs keep the whole GPU loading; the parts are summed in a second launch, in a fixed order.
+  programs keep the whole GPU loading; the last program of a tile sums its parts, in a fixed order. Of
+  the larger tiles from 65 rows on, that would take it longer than a launch of its own takes the GPU.
 * Beyond, a program's tile of inputs is the traffic: a tile of ``rows`` outputs reads each input once
   for ``rows`` weights, so ``rows`` grows with m. Inputs are interleaved once, for k·m·4 bytes.
 * Decoding once and calling torch.matmul adds ``(bits/8 + 2)·n·k`` bytes, at 4.3 TB/s and 16 bits
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+FEW = 64  # rows: up to here k is split more finely, and the last program of a tile adds its parts up
 LEAST_TILES = 4  # of k for a program: fewer are over before its loads overlap
 
 
@@ -98,16 +100,24 @@ def plan_for(m: int, n: int, k: int, group_size: int, dtype: torch.dtype, exact:
     elif dtype == torch.float32:  # three products for one: the vendor's float32 is as fast
         return None
     else:
-        fitting = (plan for most, plan in TABLE.get(target.major, OTHERS) if m <= most)
-        if (plan := next(fitting, None)) is None:
+        table = TABLE.get(target.major, OTHERS)
+        at = next((i for i, (most, _) in enumerate(table) if m <= most), None)
+        if at is None:
             return None
+        plan = table[at][1]
+        if plan.cols > 128 and 2 * _programs(plan, m, n) <= target.processors:
+            plan = table[at - 1][1]  # twice the programs, rather than parts
     if group_size > 0 and exact and plan.sums_by_tile:
         while plan.bytes > 16 and group_size % (8 * plan.bytes):
             plan = replace(plan, bytes=plan.bytes // 2)
-    programs = -(-n // plan.rows) * -(-m // plan.cols)
+    programs = _programs(plan, m, n)
     tiles = -(-k // (8 * plan.bytes))
-    wanted = -(-PROGRAMS * target.processors // programs) if m <= 64 else target.processors // programs
+    wanted = -(-PROGRAMS * target.processors // programs) if m <= FEW else target.processors // programs
     return replace(plan, splits=max(1, min(wanted, tiles // LEAST_TILES, 16)))
+
+
+def _programs(plan: Plan, m: int, n: int) -> int:
+    return -(-n // plan.rows) * -(-m // plan.cols)
 
 
 @dataclass(frozen=True)

@@ -180,17 +180,21 @@ def contract() -> list[Case]:
                 "channels", "k", "row_bytes", "plane_stride", "scale_stride", "group_size", "tiles",
                 "tiles_per_split")
     cases = []
-    for bits, plan, budget, architectures in ((1, CONV_SMALL, 25.0, (80, 90, 100, 120)),
-                                              (4, CONV_LARGE, 25.0, (90,))):
+    for bits, plan, splits, budget, architectures in ((1, CONV_SMALL, 1, 25.0, (80, 90, 100, 120)),
+                                                      (2, CONV_SMALL, 4, 25.0, (80, 90, 100, 120)),
+                                                      (4, CONV_LARGE, 1, 25.0, (90,))):
         pointers = {"x": "*bf16", "planes": "*u8", "scale": "*fp32", "bias": "*bf16", "out": "*bf16"}
+        if splits > 1:
+            pointers |= {"bias": None, "out": "*fp32"}
         cases.append(Case(
-            f"packed_conv2d 3x3 bf16 W{bits}", packed_conv2d_kernel,
-            pointers | dict.fromkeys(integers, "i32"),
+            f"packed_conv2d 3x3 bf16 W{bits}{', k in parts' if splits > 1 else ''}",
+            packed_conv2d_kernel, pointers | dict.fromkeys(integers, "i32"),
             {"STRIDE_H": 1, "STRIDE_W": 1, "PAD_H": 1, "PAD_W": 1, "DILATION_H": 1, "DILATION_W": 1,
-             "KH": 3, "KW": 3, "SPLITS": 1, "KIND": POWERS, "LEVELS": (), "BITS": bits, "SCALE": ROW,
-             "GROUPED": False, "COLS": plan.cols, "ROWS": plan.rows, "BYTES": plan.bytes,
-             "STAGES": plan.stages},
+             "KH": 3, "KW": 3, "SPLITS": splits, "KIND": POWERS, "LEVELS": (), "BITS": bits,
+             "SCALE": ROW, "GROUPED": False, "COLS": plan.cols, "ROWS": plan.rows,
+             "BYTES": plan.bytes, "STAGES": plan.stages},
             plan.rows * 8 * plan.bytes * trips, plan.warps, budget, (trips,), tensor_cores=True,
             architectures=architectures,
-            divisible=(*pointers, "x_image", "row_bytes", "plane_stride")))
+            divisible=(*(name for name, kind in pointers.items() if kind), "x_image", "row_bytes",
+                       "plane_stride")))
     return cases

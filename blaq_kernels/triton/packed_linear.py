@@ -17,10 +17,11 @@ from . import launch
 from .decode import POWERS, TABLE, is_exact, kind_of
 from .contract_case import Case
 from .launch import Launch
-from .linear_plans import BLACKWELL, DECODE, HOPPER, OTHERS, Plan, plan_for, target_of
+from .linear_plans import BLACKWELL, DECODE, FEW, HOPPER, OTHERS, Plan, plan_for, target_of
 from .packed_matmul import (CHECKED, ROW, SUM_BLOCK, TILE, WEIGHT, interleave_kernel,
                             packed_matmul_kernel, sum_splits_kernel)
 from .unpack import unpack_weight
+from .workspace import splits_of
 
 
 def packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
@@ -132,30 +133,36 @@ def product_of(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
 
 
 class Product(NamedTuple):
-    """What lays inputs ``[m, k]`` out, multiplies, and adds the parts.
+    """What lays inputs ``[m, k]`` out, multiplies, and adds the parts where k is split.
 
     Attributes:
+        add: None where the programs that multiply add their parts up.
         laid_out: shape of the inputs as ``interleave`` leaves them.
-        parts: shape of the parts, float32.
+        parts, tickets: how many.
     """
 
     interleave: Launch | None
     multiply: Launch
     add: Launch | None
     laid_out: tuple[int, int]
-    parts: tuple[int, int, int]
+    parts: int
+    tickets: int
 
     def __call__(self, x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None,
                  out: Tensor) -> None:
         if self.interleave:
             source, x = x, x.new_empty(self.laid_out)
             self.interleave(source, x)
-        if self.add is None:
-            self.multiply(x, qweight, scale, bias, out)
-        else:
+        if self.add:
             parts = out.new_empty(self.parts, dtype=torch.float32)
-            self.multiply(x, qweight, scale, None, parts)
+            self.multiply(x, qweight, scale, None, out, parts, None)
             self.add(parts, bias, out)
+        else:
+            parts, tickets = splits_of(out.device, self.parts, self.tickets) if self.parts else NONE
+            self.multiply(x, qweight, scale, bias, out, parts, tickets)
+
+
+NONE = None, None
 
 
 def tiled_bytes(plan: Plan, k: int) -> int:
@@ -181,8 +188,9 @@ def _launches(m: int, planes: torch.Size, k: int, x_stride: int, dtype: torch.dt
         x_stride = width
     kind = kind_of(levels)
     grouped = 0 if group_size <= 0 else 1 if group_size % 8 == 0 else 2
+    down, across = triton.cdiv(n, plan.rows), triton.cdiv(m, plan.cols)
     multiply = Launch(
-        packed_matmul_kernel, (triton.cdiv(n, plan.rows), triton.cdiv(m, plan.cols), plan.splits),
+        packed_matmul_kernel, (down, across, plan.splits),
         m, n, k, row_bytes, n * row_bytes, x_stride,
         0 if group_size == 0 else scale_shape((n, k), group_size)[1], max(group_size, 1), tiles,
         triton.cdiv(tiles, plan.splits), kind, levels if kind == TABLE else (), bits,
@@ -190,10 +198,12 @@ def _launches(m: int, planes: torch.Size, k: int, x_stride: int, dtype: torch.dt
         plan.interleaved, k % tile == 0, plan.cols, plan.rows, plan.bytes,
         1 if grouped == 2 else plan.stages,  # scales of every bit in flight would fill shared memory
         num_warps=plan.warps)
-    if plan.splits > 1:
+    split = plan.splits > 1
+    if split and m > FEW:
         add = Launch(sum_splits_kernel, (triton.cdiv(m * n, SUM_BLOCK), 1, 1), n, 1, m * n, plan.splits,
                      SUM_BLOCK, num_warps=4)
-    return Product(interleave, multiply, add, (m, width), (plan.splits, m, n))
+    return Product(interleave, multiply, add, (m, width), plan.splits * m * n if split else 0,
+                   down * across)
 
 
 def contract() -> list[Case]:
@@ -201,26 +211,30 @@ def contract() -> list[Case]:
     types = dict.fromkeys(("m", "n", "k", "row_bytes", "plane_stride", "x_stride", "scale_stride",
                            "group_size", "tiles", "tiles_per_split"), "i32")
 
-    def case(name: str, plan: Plan, dtype: str, bits: int, mode: str, budget: float,
-             architectures: tuple[int, ...]) -> Case:
+    def case(most: int, plan: Plan, architectures: tuple[int, ...], dtype: str, bits: int, mode: str,
+             budget: float, split: bool) -> Case:
+        split = split and plan.cols <= 128
+        adds_up = split and most <= FEW
         pointers = {"x": f"*{dtype}", "planes": "*u8", "scale": "*fp32", "bias": f"*{dtype}",
                     "out": f"*{dtype}"}
+        parts = ({"parts": "*fp32"} if split else {}) | ({"tickets": "*i32"} if adds_up else {})
         return Case(
-            f"packed_linear {name} {dtype} W{bits} {mode}", packed_matmul_kernel, types | pointers,
+            f"packed_linear {'decode' if plan is DECODE else f'm<={most}'} {dtype} W{bits} {mode}"
+            f"{', k in parts' if split else ''}", packed_matmul_kernel,
+            {"parts": None, "tickets": None} | types | pointers | parts,
             {"KIND": POWERS, "LEVELS": (), "BITS": bits, "SCALE": mode,
              "LOWEST": 2.0 ** (1 - 2 ** (bits - 1)), "GROUPED": int(mode == TILE),
              "INTERLEAVED": plan.interleaved, "EVEN": True, "BM": plan.cols, "BN": plan.rows,
              "BYTES": plan.bytes, "STAGES": plan.stages},
             plan.rows * 8 * plan.bytes * trips, plan.warps, budget, (trips,), wide_loads=True,
-            tensor_cores=True, architectures=architectures,
-            divisible=(*pointers, "n", "k", "row_bytes", "plane_stride", "x_stride"))
+            tensor_cores=True, ticket=adds_up, architectures=architectures,
+            divisible=(*pointers, *parts, "n", "k", "row_bytes", "plane_stride", "x_stride"))
 
-    plans = [("decode", DECODE, (80, 90, 100, 120)),
-             *((f"m<={most}", plan, (90,)) for most, plan in HOPPER),
-             *((f"m<={most}", plan, (80, 120)) for most, plan in OTHERS),
-             *((f"m<={most}", plan, (100,)) for most, plan in BLACKWELL)]
-    main = (("bf16", 1, ROW, 6.0), ("bf16", 4, ROW, 9.0), ("fp16", 2, WEIGHT, 9.0))
-    more = (("bf16", 2, ROW, 6.0), ("bf16", 4, TILE, 9.0), ("fp16", 2, ROW, 7.0))
-    return [case(name, plan, dtype, bits, mode, budget, architectures)
-            for name, plan, architectures in plans
-            for dtype, bits, mode, budget in (main + more if plan is DECODE else main)]
+    plans = [(DECODE.cols, DECODE, (80, 90, 100, 120)), *((*one, (90,)) for one in HOPPER),
+             *((*one, (80, 120)) for one in OTHERS), *((*one, (100,)) for one in BLACKWELL)]
+    # On sm_100 the sum of parts is counted with the rest: all programs end at one place.
+    main = (("bf16", 1, ROW, 6.0, False), ("bf16", 4, ROW, 10.0, True), ("fp16", 2, WEIGHT, 9.0, False))
+    more = (("bf16", 1, ROW, 7.0, True), ("bf16", 2, ROW, 7.0, True), ("bf16", 4, TILE, 10.0, True),
+            ("fp16", 2, ROW, 8.0, True))
+    return [case(*plan, *rest) for plan in plans
+            for rest in (main + more if plan[1] is DECODE else main)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .chunk_sums import last_of
 from .decode import decode, load_lanes, split8
 
 ROW, TILE, WEIGHT, CHECKED = "row", "tile", "weight", "checked"
@@ -115,13 +116,14 @@ def _sums(x, planes, scale, rows, cols, plane_stride, k, row_bytes, x_stride, sc
 
 # What only bounds a loop or a mask has no machine code of its own: batches of any size share one.
 @triton.jit(do_not_specialize=["m", "tiles", "tiles_per_split"])
-def packed_matmul_kernel(x, planes, scale, bias, out, m, n, k, row_bytes, plane_stride, x_stride,
-                         scale_stride, group_size, tiles, tiles_per_split, KIND: tl.constexpr,
-                         LEVELS: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr,
+def packed_matmul_kernel(x, planes, scale, bias, out, parts, tickets, m, n, k, row_bytes,
+                         plane_stride, x_stride, scale_stride, group_size, tiles, tiles_per_split,
+                         KIND: tl.constexpr, LEVELS: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr,
                          LOWEST: tl.constexpr, GROUPED: tl.constexpr, INTERLEAVED: tl.constexpr,
                          EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                          BYTES: tl.constexpr, STAGES: tl.constexpr):
-    """``out[m, n]`` of one tile, or where k is split its part ``out[split, m, n]`` in float32.
+    """``out[m, n]`` of one tile; where k is split a part of it, which goes to ``parts[split, m, n]``,
+    and the sum of all from the last program of the tile.
 
     SCALE says when the scales come in: ``row``, once for the sum; ``tile``, once for the sum of a
     tile of k; ``weight``, into every weight, rounded; ``checked``, by row unless that would differ.
@@ -154,11 +156,38 @@ def packed_matmul_kernel(x, planes, scale, bias, out, m, n, k, row_bytes, plane_
         acc = _sums(x, planes, scale, rows, cols, plane_stride, k, row_bytes, x_stride, scale_stride,
                     group_size, first, last, KIND, LEVELS, BITS, SCALE, GROUPED, INTERLEAVED, EVEN,
                     BM, BN, BYTES, STAGES)
+    at = col[None, :] * n + row[:, None]
+    mask = (row[:, None] < n) & (col[None, :] < m)
+    if parts is None:
+        _round(acc, bias, rows, out + at, mask)
+    else:
+        stride, split, splits = m.to(tl.int64) * n, tl.program_id(2), tl.num_programs(2)
+        parts += at
+        tl.store(parts + split * stride, acc, mask=mask)
+        if tickets is not None:
+            ticket = tickets + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            if last_of(ticket, splits):
+                _round(_sum(parts, mask, stride, splits), bias, rows, out + at, mask)
+
+
+@triton.jit
+def _round(acc, bias, rows, out, mask):
     if bias is not None:
         acc += tl.load(bias + rows).to(tl.float32)[:, None]
-    part = tl.program_id(2).to(tl.int64) * m * n
-    tl.store(out + part + col[None, :] * n + row[:, None], acc.to(out.dtype.element_ty),
-             mask=(row[:, None] < n) & (col[None, :] < m))
+    tl.store(out, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum(parts, mask, stride, splits):
+    """Of what the programs of a tile have stored, ``stride`` apart, in the order of k. Registers
+    hold a few parts on their way."""
+    AT_ONCE: tl.constexpr = 4 if parts.numel <= 1024 else 2
+    total = tl.zeros(parts.shape, tl.float32)
+    for first in tl.range(0, splits, AT_ONCE, num_stages=1):
+        for i in tl.static_range(AT_ONCE):
+            total += tl.load(parts, mask=mask & (first + i < splits), other=0.0, cache_modifier=".cg")
+            parts += stride
+    return total
 
 
 @triton.jit

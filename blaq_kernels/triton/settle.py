@@ -7,26 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import device as devices
 from .chunk_sums import RECORD
 from .histogram import BINS, UNITS
 from .plan import Part
+from .workspace import zeros
 
 MOST_BINS = 1 << 22  # of all groups and copies
-
-_zeros: dict[tuple[torch.device, int, torch.dtype], Tensor] = {}
-
-
-def zeros(device: torch.device, count: int, dtype: torch.dtype) -> Tensor:
-    """Zeros that kernels leave zero: one array for all calls of a stream, which follow each other.
-    A graph has its own, filled by the graph, for other streams may run beside it."""
-    if devices.capturing(device):
-        return torch.zeros(count, dtype=dtype, device=device)
-    key = device, devices.stream_of(device), dtype
-    found = _zeros.get(key)
-    if found is None or found.numel() < count:
-        found = _zeros[key] = torch.zeros(count, dtype=dtype, device=device)
-    return found
 
 
 @dataclass(frozen=True)
