@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from blaq_kernels.reference import from_groups, to_groups
+from blaq_kernels.reference import SCALE_TINY, from_groups, to_groups
 from blaq_kernels.schemas import require
 
 from ..functional import fake_quantize
@@ -105,15 +105,21 @@ class ScaledSign(WeightQuantizer):
         self.group_size, self.rule = config.group_size, options["rule"]
 
     def forward(self, latent: Tensor) -> Tensor:
+        if self.rule == "identity":
+            scale = self._scale(latent.detach()).flatten().clamp_min(SCALE_TINY)
+            return fake_quantize(latent, scale, self.levels, self.group_size)
         groups = to_groups(latent, self.group_size)
-        valid = to_groups(torch.ones_like(latent), self.group_size)
-        scale = (groups.abs().sum(1, keepdim=True) / valid.sum(1, keepdim=True))
         sign = torch.where(groups < 0, -1.0, 1.0)
-        if self.rule == "scaled":
-            value = scale * straight_through(groups.clamp(-1.0, 1.0), sign)
-            return from_groups(value, latent.shape, self.group_size)
-        value = from_groups((scale * sign).detach(), latent.shape, self.group_size)
-        return straight_through(latent, value)
+        value = self._scale(latent) * straight_through(groups.clamp(-1.0, 1.0), sign)
+        return from_groups(value, latent.shape, self.group_size)
+
+    def _scale(self, latent: Tensor) -> Tensor:
+        """``mean|w|`` of each group, ``[n, 1]``."""
+        if self.group_size == 0:
+            return latent.abs().mean().reshape(1, 1)
+        valid = to_groups(torch.ones_like(latent), self.group_size)
+        return (to_groups(latent, self.group_size).abs().sum(1, keepdim=True)
+                / valid.sum(1, keepdim=True))
 
 
 class BWN(QuantizerMethod):
