@@ -3,14 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
+# Where nvcc is one that knows all four architectures: CUDA 12.8 or later.
+NVCC := $(shell PATH="$$PATH:/usr/local/cuda/bin" nvcc --list-gpu-arch 2>/dev/null | grep -x compute_120)
 
 .PHONY: demo test sanitize aoti wheel clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m blaq.train.demo --out runs/demo
 
-test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -q tests
+# Where nvcc is, CUDA kernels are built for every architecture (minutes, once) and held to their contract.
+# In processes, since most tests are Python, or Triton's interpreter, on one core.
+test: $(VENV)/ready $(if $(NVCC),$(VENV)/cuda)
+	$(VENV)/bin/python -m pytest -q --numprocesses=auto --maxprocesses=8 --dist=worksteal tests
 
 wheel: $(VENV)/installed  # with CUDA code of every architecture; needs nvcc, and no GPU
 	BLAQ_CUDA=1 $(PIP) wheel -q --no-build-isolation --no-deps -w dist .
@@ -35,12 +39,16 @@ aoti: $(VENV)/ready
 $(VENV)/installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt setuptools torch numpy ninja pybind11 safetensors \
-		scikit-learn scipy matplotlib tqdm pytest pytest-benchmark hypothesis \
+		scikit-learn scipy matplotlib tqdm pytest pytest-benchmark pytest-xdist hypothesis \
 		$(if $(filter Linux,$(shell uname -s)),triton)
 	touch $@
 
 $(VENV)/ready: $(VENV)/installed pyproject.toml setup.py $(NATIVE)
 	$(PIP) install -q --no-build-isolation -c constraints.txt -e '.[train,test]'
+	touch $@
+
+$(VENV)/cuda: $(VENV)/ready $(filter csrc/%.h csrc/cuda/%,$(NATIVE))
+	BLAQ_CUDA=only $(VENV)/bin/python setup.py -q build_ext --inplace
 	touch $@
 
 clean:

@@ -1,8 +1,8 @@
 """Builds blaq_kernels._C, C++ kernels on torch's stable ABI, and where a CUDA compiler is and is wanted
 blaq_kernels._cuda, a library of ops beside it. Everything else is in pyproject.toml.
 
-``BLAQ_CUDA``: 1 builds the CUDA kernels, 0 does not; unset, they are built where torch has CUDA and
-nvcc is there. ``BLAQ_CUDA_ARCHITECTURES``, like ``"90a"``, builds for some only.
+``BLAQ_CUDA``: 1 builds the CUDA kernels, ``only`` nothing else, 0 does not; unset, they are built where
+torch has CUDA and nvcc is there. ``BLAQ_CUDA_ARCHITECTURES``, like ``"90a"``, builds for some only.
 """
 
 import os
@@ -33,6 +33,7 @@ if os.environ.get("BLAQ_SANITIZE"):  # `make sanitize`
     SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     COMPILE += [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer"]
 
+WISH = os.environ.get("BLAQ_CUDA", "")
 HEADERS = [str(path) for path in sorted(Path("csrc").rglob("*.h"))]
 ARCHITECTURES = os.environ.get("BLAQ_CUDA_ARCHITECTURES", "80 90a 100a 120a").split()
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -41,10 +42,9 @@ COMPILE_CUDA = ["-O3", "-std=c++20", "-fmad=false", "-DUSE_CUDA", STABLE, "-Icsr
 
 
 def wants_cuda() -> bool:
-    wish = os.environ.get("BLAQ_CUDA", "")
-    if wish == "1" and NVCC is None:
-        raise SystemExit("setup.py: BLAQ_CUDA=1 must find nvcc, got none on PATH or in /usr/local/cuda")
-    return wish == "1" or (wish != "0" and NVCC is not None and torch.version.cuda is not None)
+    if WISH in ("1", "only") and NVCC is None:
+        raise SystemExit(f"setup.py: BLAQ_CUDA={WISH} must find nvcc, got none on PATH or in /usr/local/cuda")
+    return WISH in ("1", "only") or (WISH != "0" and NVCC is not None and torch.version.cuda is not None)
 
 
 class Build(BuildExtension):
@@ -81,7 +81,7 @@ def sources(*patterns: str) -> list[str]:
     return [str(path) for pattern in patterns for path in sorted(Path("csrc").glob(pattern))]
 
 
-extensions = [CppExtension(
+extensions = [] if WISH == "only" else [CppExtension(
     "blaq_kernels._C", sources("*.cpp", "cpu/*.cpp"), include_dirs=[str(Path("csrc").absolute())],
     depends=HEADERS, extra_compile_args=COMPILE, extra_link_args=["-fopenmp", *SANITIZE],
 )]

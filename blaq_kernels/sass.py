@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
@@ -67,10 +68,11 @@ def usage(cubin: bytes) -> dict[str, dict[str, int]]:
 
 def architecture(cubin: bytes) -> int:
     """Compute capability that ``cubin`` is for: 90, also where it is sm_90a."""
-    found = re.search(r"\bsm_(\d+)", _run(cubin, "nvdisasm", "-c"))
+    found = re.search(r"\bsm_(\d+)", _run(cubin, "nvdisasm", "-c", "-hex"))
     return int(found[1]) if found else 0
 
 
+@lru_cache(maxsize=2)  # a cubin is asked for its kernels and its architecture in turn
 def _run(cubin: bytes, name: str, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
