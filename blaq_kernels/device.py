@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _HERE = nullcontext()
+_CPU = torch.device("cpu")  # compared, since a device makes its type's name anew whenever it is asked
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -21,12 +22,12 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
 
 def stream_of(device: torch.device) -> int:
     """The current stream of a device, as a number."""
-    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    return 0 if device == _CPU else torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph takes what the current stream of the current device is given."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device != _CPU and torch.cuda.is_current_stream_capturing()
 
 
 def kept_empty(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -35,7 +36,7 @@ def kept_empty(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     Whoever warms up for a graph (torch.compile, ``torch.cuda.use_mem_pool``) has what a thread
     allocates come from the graph's pool, where nothing may outlive the call: so a thread of its own
     allocates."""
-    if device.type != "cuda":
+    if device == _CPU:
         return torch.empty(count, dtype=dtype, device=device)
     stream = torch.cuda.current_stream(device)
 

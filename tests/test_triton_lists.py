@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -238,8 +239,11 @@ def test_what_is_kept_comes_from_no_pool_of_the_thread(monkeypatch):
     assert kept.dtype == torch.int32 and seen == [current, (False, 3, "cuda")]
 
 
-def test_compiled_code_is_launched_where_addresses_allow():
-    """What was compiled for addresses that are multiples of 16 meets no others."""
+def test_compiled_code_is_launched_where_addresses_allow(monkeypatch):
+    """What was compiled for addresses that are multiples of 16 meets no others; a profiler that hooks
+    launches has its say."""
+    import triton
+
     seen = []
 
     class Kernel:
@@ -247,15 +251,30 @@ def test_compiled_code_is_launched_where_addresses_allow():
             return lambda *args, **options: seen.append(("Triton", grid, options)) or Compiled()
 
     class Compiled:
+        function, packed_metadata = "function", "metadata"
+
         def __getitem__(self, grid):
             return lambda *args: seen.append((grid, *args))
 
+        def run(self, *args):
+            seen.append(args)
+
+    active = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda device: 10 + device)
+    monkeypatch.setattr(triton.runtime.driver, "_active", active)
     run = launch.Launch(Kernel(), (2, 1, 1), 7, num_warps=4)
     aligned = torch.empty(64, device=DEVICE)
     for x in (aligned[1:], aligned, aligned, aligned[1:]):
         run(x, None)
-    triton = ("Triton", (2, 1, 1), {"num_warps": 4})
-    assert seen == [triton, triton, ((2, 1, 1), aligned.data_ptr(), None, 7), triton]
+    compiled = ("Triton", (2, 1, 1), {"num_warps": 4})
+    args = aligned.data_ptr(), None, 7
+    if triton.__version__.startswith("3.6."):
+        at_once = (2, 1, 1, 13, "function", "metadata", None, None, None, *args)
+    else:
+        at_once = ((2, 1, 1), *args)
+    assert seen == [compiled, compiled, at_once, compiled]
+    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", print)
+    run(aligned, None)
+    assert seen[-1] == ((2, 1, 1), *args)
 
 
 def test_an_address_that_another_tensor_took_is_looked_at_again():

@@ -9,7 +9,7 @@ from step_cases import (  # noqa: F401 (fixtures)
 
 from blaq_kernels import reference as ref
 from blaq_kernels.codebook import levels_of
-from blaq_kernels.triton import plan, settle
+from blaq_kernels.triton import plan, workspace
 from blaq_kernels.triton.blend import blend
 from blaq_kernels.triton.fused_step import fused_step
 from blaq_kernels.triton.scaled_update import scaled_update
@@ -103,7 +103,7 @@ def test_a_long_group_is_searched_in_one_pass(name, bits):
     state["scales"][0].fill_(1e12 if bits == 2 else 1e-12)
     found, least = [searched(state, levels) for _ in range(2)][1]
     assert found <= least * 1.001
-    assert all(not zero.any() for zero in settle._zeros.values())
+    assert all(not zero.any() for zero in workspace._zeros.values())
 
 
 @pytest.mark.parametrize("size", [1e-12, 1.0, 1e4])
@@ -133,7 +133,7 @@ def test_sums_of_many_chunks(n, name, tiny_tiles):
     args = levels_of(name, 1 + (name == "pow2")), 0, torch.float32, "alternating", [(n,), (n,)]
     assert_like_reference(*(both_stages(ops, *args, max_iter=1) for ops in (TRITON, REFERENCE)),
                           *args[:2])
-    assert all(not tickets.any() for tickets in settle._zeros.values()) and settle._zeros
+    assert all(not tickets.any() for tickets in workspace._zeros.values()) and workspace._zeros
 
 
 def test_an_empty_list_and_empty_weights():

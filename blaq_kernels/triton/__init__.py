@@ -40,10 +40,10 @@ def function(name: str) -> Callable[..., Any]:
     """The op ``name``; its module, and Triton with it, is imported by the first call."""
     body: Callable[..., Any] | None = None
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any) -> Any:
         nonlocal body
         if body is None:
             body = getattr(importlib.import_module(f"{__name__}.{name}"), name)
-        return body(*args, **kwargs)
+        return body(*args)
 
     return call

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from .. import step_lists
 from ..step_lists import Stage, Weights
 from . import launch
 from .alternate import ALONE, AROUND, NEAR
 from .long_groups import step_long_groups, write_long_groups
 from .plan import Part, parts
-from .settle import Workspace
+from .settle import Workspace, copies_of
 from .short_groups import step_short_groups
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -32,21 +31,13 @@ class Triton:
         return parts(weights, group_size)
 
     def launch(self, stage: Stage, part: Part, table: Tensor, programs: Tensor,
-               scalars: Sequence[Tensor | None], kept: dict[Part, launch.Launch]) -> None:
-        if not part.short:
-            _run_long(stage, part, table, programs, scalars)
-            return
+               scalars: Sequence[Tensor | None], kept: dict[Part, Any]) -> None:
         if part not in kept:
-            kept[part] = _short(stage, part)
+            kept[part] = (_short if part.short else _Long)(stage, part)
         kept[part](table, programs, *scalars, stage.flips)
 
 
 ENGINE = Triton()
-
-
-def run(op: str, rules: Callable[..., None], lists: Sequence[Sequence[Tensor]], rest: Sequence[Any],
-        stage: Stage) -> None:
-    step_lists.run(ENGINE, op, rules, lists, rest, stage)
 
 
 def _hyper(stage: Stage) -> tuple[Any, ...]:
@@ -64,18 +55,25 @@ def _short(stage: Stage, part: Part) -> launch.Launch:
         part.widths, part.aligned, num_warps=part.warps)
 
 
-def _run_long(stage: Stage, part: Part, table: Tensor, programs: Tensor,
-              here: Sequence[Tensor | None]) -> None:
-    several = len(stage.levels) > 1
-    exact = stage.exact and several
-    work = Workspace.of(part, table.device, not stage.commits, stage.flips is not None and several,
-                        exact)
-    octaves = NEAR if exact else AROUND if several else ALONE
-    grid, dtype = (programs.numel(),), TYPES[part.dtype]
-    tile = {"TILE": part.tile, "ALIGNED": part.aligned, "num_warps": part.warps}
-    step_long_groups[grid](
-        table, programs, *here, stage.flips, *_hyper(stage), stage.max_iter, work.w, work.codes,
-        work.records, work.runs, work.bins, work.states, work.tickets, dtype, stage.commits,
-        stage.blends, stage.levels, octaves, exact, work.copies, **tile)
-    write_long_groups[grid](table, programs, here[-1], stage.flips, work.w, work.codes, work.states,
-                            dtype, stage.commits, stage.levels, **tile)
+class _Long:
+    """The launches of long groups, and which memory they ask for between each other."""
+
+    def __init__(self, stage: Stage, part: Part) -> None:
+        several = len(stage.levels) > 1
+        self._part, self._exact = part, stage.exact and several
+        self._keeps_w, self._keeps_codes = not stage.commits, stage.flips is not None and several
+        octaves = NEAR if self._exact else AROUND if several else ALONE
+        grid, dtype = (len(part.programs), 1, 1), TYPES[part.dtype]
+        self._step = launch.Launch(
+            step_long_groups, grid, *_hyper(stage), stage.max_iter, dtype, stage.commits,
+            stage.blends, stage.levels, octaves, self._exact, copies_of(part.groups), part.tile,
+            part.aligned, num_warps=part.warps)
+        self._write = launch.Launch(write_long_groups, grid, dtype, stage.commits, stage.levels,
+                                    part.tile, part.aligned, num_warps=part.warps)
+
+    def __call__(self, table: Tensor, programs: Tensor, *here: Tensor | None) -> None:
+        work = Workspace.of(self._part, table.device, self._keeps_w, self._keeps_codes, self._exact)
+        self._step(table, programs, *here, work.w, work.codes, work.records, work.runs, work.bins,
+                   work.states, work.tickets)
+        *_, found_inf, flips = here
+        self._write(table, programs, found_inf, flips, work.w, work.codes, work.states)

@@ -132,13 +132,12 @@ def searched(bins, firsts, seconds, maxima, alpha, max_iter, length, LEVELS: tl.
 
 
 @triton.jit(do_not_specialize=["max_iter"])
-def step_long_groups(table, programs, lr, step, backtrack, grad_scale, found_inf, flips, beta1,
-                     one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps,
-                     weight_decay, clip, max_iter, w_scratch, code_scratch, records, runs, bins,
-                     states, tickets, DTYPE: tl.constexpr, COMMITS: tl.constexpr,
-                     BLENDS: tl.constexpr, LEVELS: tl.constexpr, OCTAVES: tl.constexpr,
-                     EXACT: tl.constexpr, COPIES: tl.constexpr, TILE: tl.constexpr,
-                     ALIGNED: tl.constexpr):
+def step_long_groups(table, programs, lr, step, backtrack, grad_scale, found_inf, flips, w_scratch,
+                     code_scratch, records, runs, bins, states, tickets, beta1, one_minus_beta1,
+                     log_beta1, beta2, one_minus_beta2, log_beta2, eps, weight_decay, clip, max_iter,
+                     DTYPE: tl.constexpr, COMMITS: tl.constexpr, BLENDS: tl.constexpr,
+                     LEVELS: tl.constexpr, OCTAVES: tl.constexpr, EXACT: tl.constexpr,
+                     COPIES: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr):
     """Pass 1, stage 2 where ``COMMITS``, else stage 1. A step that is skipped ends at once."""
     if found_inf is not None:
         if tl.load(found_inf) != 0.0:

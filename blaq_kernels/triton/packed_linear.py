@@ -44,9 +44,10 @@ def packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
     """
     # All that the rules and the plan look at: the same facts need no second look, which would take
     # longer than the launch.
-    key = (input.shape, input.stride(), input.dtype, input.device, *_facts(qweight), *_facts(scale),
-           *(() if bias is None else _facts(bias)), tuple(levels), group_size, accuracy,
-           None if repacked is None else _facts(repacked))
+    key = (input.shape, input.stride(), input.dtype, input.device, qweight.shape, qweight.dtype,
+           qweight.device, qweight.is_contiguous(), scale.shape, scale.dtype, scale.device,
+           scale.is_contiguous(), None if bias is None else _facts(bias), tuple(levels), group_size,
+           accuracy, None if repacked is None else _facts(repacked))
     call = _calls.get(key)
     if call is None:
         check_packed_linear(input, qweight, scale, bias, levels, group_size, repacked, accuracy)

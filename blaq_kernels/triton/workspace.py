@@ -47,9 +47,8 @@ def splits_of(device: torch.device, parts: int, tickets: int) -> Splits:
     key = device, devices.stream_of(device)
     found = _splits.get(key)
     if found is None or found.parts.numel() < parts or found.tickets.numel() < tickets:
-        if found is None or found.parts.numel() < parts:
+        grown = found.parts if found else torch.empty(0)
+        if grown.numel() < parts:
             grown = devices.kept_empty(parts, torch.float32, device)
-        else:
-            grown = found.parts
         found = _splits[key] = Splits(grown, zeros(device, tickets, torch.int32))
     return found
