@@ -147,10 +147,14 @@ struct Kernel {
 
   template <int MR>
   void add_outputs(const Prepared& tile, const Product& product, int row, const Chunk& chunk) const {
-    constexpr int kWide = kVectors<WORDS, DIGITS, MR>;
-    int64_t n = product.begin;
-    for (; n + 16 * kWide <= product.end; n += 16 * kWide) add<MR, kWide>(tile, product, row, n, chunk);
-    for (; n < product.end; n += 16) add<MR, 1>(tile, product, row, n, chunk);
+    add_blocks<MR, kVectors<WORDS, DIGITS, MR>>(tile, product, row, product.begin, chunk);
+  }
+
+  // Outputs from n on, in the widest blocks that fit those there are, rounded up to whole registers.
+  template <int MR, int NV>
+  void add_blocks(const Prepared& tile, const Product& product, int row, int64_t n, const Chunk& chunk) const {
+    for (; n + 16 * (NV - 1) < product.end; n += 16 * NV) add<MR, NV>(tile, product, row, n, chunk);
+    if constexpr (NV > 1) add_blocks<MR, NV / 2>(tile, product, row, n, chunk);
   }
 
   bool run(const Product& product, Buffer& buffer, Buffer& totals_buffer) const {
