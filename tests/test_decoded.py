@@ -38,6 +38,22 @@ def test_few_outputs(m, n, dtype, most):
     check(layer.float(), torch.randn(3, 40), 1e-6)
 
 
+@pytest.mark.parametrize("m, n, bits, dtype, takes", [
+    (1024, 127, 1, torch.bfloat16, True), (300, 127, 1, torch.bfloat16, False),
+    (256, 200, 2, torch.bfloat16, True), (256, 400, 2, torch.bfloat16, False),
+    (32, 80, 2, torch.float32, True), (32, 80, 1, torch.float32, False)])
+@torch.no_grad()
+def test_tables_of_16_bits_for_few_outputs(m, n, bits, dtype, takes):
+    layer, x = packed(n, 200, dtype, bits), torch.randn(m, 200).to(dtype)
+    assert decoded.takes_linear(x, n, 200, bits, "high") == takes
+    assert not decoded.takes_linear(x, n, 200, bits, "fast")
+    check(layer, x, 4e-3 if dtype == torch.bfloat16 else 4e-4)
+    assert (layer._kept_decoded is not None) == takes
+    layer.accuracy = "fast"
+    check(layer, x, 1e-2)
+    assert (layer._repacked is not None) == blaq_kernels.has_int8()
+
+
 def test_other_inputs_meet_the_rules():
     layer, x = packed(10, 40), torch.randn(3, 40)
     result = layer(x)

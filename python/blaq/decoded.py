@@ -2,7 +2,7 @@
 few outputs, preparing a row of inputs costs more than the products take.
 
 The bounds were measured on a Zen 4, 1 and 2 threads, at 1 to 4 bits; ``blaq bench sweep`` looks for
-shapes that they get wrong.
+shapes that they get wrong. Convolutions have theirs in ``decoded_conv.py``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ MOST_WEIGHTS = 1 << 20
 """That a layer keeps decoded."""
 FEW_OUTPUTS, FEW_WEIGHTS, FEW_PRODUCTS = 32, 1 << 12, 1 << 16
 MANY_ROWS = 1024
+TABLE_OUTPUTS = {torch.float32: (40, 88, 32, 32), torch.bfloat16: (128, 384, 384, 384)}
+"""Outputs that a row's tables, or integers, of 16 bits must serve to pay, for 1 to 4 bits."""
+TABLE_ROWS = {torch.float32: (32, 32, 32, 32), torch.bfloat16: (1024, 256, 256, 256)}
+"""From this many rows on; for fewer, starting torch's product takes as long."""
 ALL = 1 << 62
 
 
@@ -33,6 +37,7 @@ class Decoded(NamedTuple):
     Attributes:
         versions: of ``qweight`` and ``scale``.
         most, least: see :func:`bounds`.
+        accuracy, layout: that the layer was asked for, and that of its inputs.
     """
 
     qweight: Tensor
@@ -40,6 +45,8 @@ class Decoded(NamedTuple):
     versions: tuple[int, int]
     most: int
     least: int
+    accuracy: str
+    layout: torch.memory_format
     weight: Tensor
 
     def is_of(self, qweight: Tensor, scale: Tensor) -> bool:
@@ -71,10 +78,16 @@ def bounds(dtype: torch.dtype, n: int, k: int) -> tuple[int, int]:
     return (few if n * k <= FEW_WEIGHTS else 0), many
 
 
-def takes_linear(input: Tensor, n: int, k: int) -> bool:
+def takes_linear(input: Tensor, n: int, k: int, bits: int = 1, accuracy: str = "high") -> bool:
     """Whether :func:`linear` is the fastest way to ``n`` outputs of ``input [..., k]`` on the CPU."""
     size = input.numel()
-    if n * k > MOST_WEIGHTS or (n >= 96 and size * n > FEW_PRODUCTS):
+    if n * k > MOST_WEIGHTS:
+        return False
+    if accuracy != "fast" and input.dtype in TABLE_OUTPUTS and (
+            n < TABLE_OUTPUTS[input.dtype][bits - 1]
+            and size >= TABLE_ROWS[input.dtype][bits - 1] * k):
+        return True
+    if n >= 96 and size * n > FEW_PRODUCTS:
         return False
     most, least = bounds(input.dtype, n, k)
     if size <= most or size >= least:
@@ -88,9 +101,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` on the CPU. Many rows for few outputs it gives not to BLAS but to oneDNN, up to
     2.6 times faster there: by the name that TorchInductor calls it by, without a gradient."""
     n, k = weight.shape
-    many = weight.dtype is torch.bfloat16 or (n * k <= FEW_WEIGHTS
-                                              and input.numel() >= MANY_ROWS * k)
-    if (many and _has_blocks(n) and not torch.is_grad_enabled()
+    many = weight.dtype is torch.bfloat16 or (input.numel() >= MANY_ROWS * k
+                                              and (n * k <= FEW_WEIGHTS or n >= FEW_OUTPUTS))
+    if (many and (_has_blocks(n) or n >= 96) and not torch.is_grad_enabled()
             and torch.backends.mkldnn.is_available()):
         return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")
     return F.linear(input, weight, bias)

@@ -18,7 +18,7 @@ import blaq_kernels
 from blaq_kernels.codebook import bits_of, check_levels
 from blaq_kernels.reference import matrix_shape, scale_shape
 
-from . import decoded
+from . import decoded, decoded_conv
 from .accuracy import checked, get_accuracy
 from .decoded import version
 from .encoding import encode
@@ -139,20 +139,24 @@ class PackedLayer(Planes):
     def _repack(self) -> Tensor:
         return torch.ops.blaq.repack.default(self.qweight)
 
-    def _decoded(self, dtype: torch.dtype) -> Tensor | None:
+    def _decoded(self, dtype: torch.dtype,
+                 layout: torch.memory_format = torch.contiguous_format) -> Tensor | None:
         """``weight`` in a dtype, kept in the place of the repacked one; None where ``scale`` wants a
         gradient."""
         qweight, scale = self._buffers["qweight"], self._buffers["scale"]
         if scale.requires_grad and torch.is_grad_enabled():
             return None
         kept = self._kept_decoded
-        if kept is None or not kept.is_of(qweight, scale) or kept.weight.dtype is not dtype:
+        if (kept is None or not kept.is_of(qweight, scale) or kept.weight.dtype is not dtype
+                or kept.layout is not layout):
             with torch.inference_mode(False), torch.no_grad():  # a graph may save it
                 weight = torch.ops.blaq.unpack.default(
                     self.planes().detach(), scale.detach(), self.levels, self.group_size,
-                    matrix_shape(self.weight_shape)[1], dtype).reshape(self.weight_shape)
+                    matrix_shape(self.weight_shape)[1], dtype
+                ).reshape(self.weight_shape).contiguous(memory_format=layout)
             kept = self._kept_decoded = decoded.Decoded(
-                qweight, scale, (version(qweight), version(scale)), *self._bounds(dtype), weight)
+                qweight, scale, (version(qweight), version(scale)), *self._bounds(dtype),
+                self.accuracy, layout, weight)
         return kept.weight
 
     def _bounds(self, dtype: torch.dtype) -> tuple[int, int]:
@@ -297,7 +301,8 @@ class PackedLinear(PackedLayer):
                              f"into the layer, got shape {list(input.shape)}")
         input, bias = self._operands(input, -1, "in_features")
         if (eager and input.is_cpu
-                and decoded.takes_linear(input, self.out_features, self.in_features)):
+                and decoded.takes_linear(input, self.out_features, self.in_features, self.bits,
+                                         self.accuracy)):
             weight = self._decoded(input.dtype)
             if weight is not None:
                 return decoded.linear(input, weight, bias)
@@ -306,9 +311,8 @@ class PackedLinear(PackedLayer):
                    self._buffers["scale"], bias, self.levels, self.group_size, repacked, self.accuracy)
 
     def _bounds(self, dtype: torch.dtype) -> tuple[int, int]:
-        if self.qweight.is_inference() or self.scale.is_inference():  # which count no versions
-            return super()._bounds(dtype)
-        return decoded.bounds(dtype, *self.weight_shape)
+        uncounted = self.qweight.is_inference() or self.scale.is_inference()  # have no versions
+        return super()._bounds(dtype) if uncounted else decoded.bounds(dtype, *self.weight_shape)
 
     def _wants_repacked(self, qweight: Tensor) -> bool:
         if not qweight.is_cuda:
@@ -364,12 +368,27 @@ class PackedConv2d(PackedLayer):
         return [before[1], after[1], before[0], after[0]], (0, 0)
 
     def forward(self, input: Tensor) -> Tensor:
+        eager, kept = not torch.compiler.is_compiling(), self._kept_decoded
+        if (kept is not None and eager and self._pad_first is None and not (self.folded and self.training)
+                and kept.serves(input, self._buffers["qweight"], self._buffers["scale"])
+                and kept.accuracy == self.accuracy
+                and (kept.layout is torch.contiguous_format) == input.is_contiguous()):
+            try:  # at once, as PackedLinear does
+                return decoded_conv.conv2d(input, kept.weight, self._parameters["bias"], self.stride,
+                                           self._op_padding, self.dilation, self.groups, self.relu)
+            except RuntimeError:
+                pass
         if input.dim() == 3:
             return self(input[None])[0]
         input, bias = self._operands(input, -3, "in_channels")
         if self._pad_first is not None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._pad_first, mode=mode)
+        if eager and input.is_cpu and self._takes_conv(input.dtype):
+            weight = self._decoded(input.dtype, decoded_conv.memory_format(input))
+            if weight is not None:
+                return decoded_conv.conv2d(input, weight, bias, self.stride, self._op_padding,
+                                           self.dilation, self.groups, self.relu)
         repacked = self.repacked()  # first: it may make qweight whole
         return run(torch.ops.blaq.packed_conv2d.default, input, self._buffers["qweight"],
                    self._buffers["scale"], bias, self.levels, self.group_size, self.kernel_size,
@@ -381,9 +400,18 @@ class PackedConv2d(PackedLayer):
         return super()._wants_repacked(qweight) and (
             self.group_size > 0 or blaq_kernels.int8_kernels() == "AVX-512 VNNI")
 
+    def _bounds(self, dtype: torch.dtype) -> tuple[int, int]:
+        uncounted = self.qweight.is_inference() or self.scale.is_inference()
+        return super()._bounds(dtype) if uncounted else (decoded.ALL, decoded.ALL)
+
+    def _takes_conv(self, dtype: torch.dtype) -> bool:
+        return decoded_conv.takes_conv(dtype, self.weight_shape, self.groups, self.bits, self.group_size,
+                                       self.accuracy)
+
     def _reads_planes(self) -> bool:
         outputs, channels = self.out_channels // self.groups, self.in_channels // self.groups
-        narrow = min(outputs, channels) < 16 or (self.group_size > 0 and self.groups > 1 and outputs % 16)
+        narrow = (min(outputs, channels) < decoded_conv.FEW or self._takes_conv(self.dtype)
+                  or (self.group_size > 0 and self.groups > 1 and outputs % 16))
         return bool(narrow) or super()._reads_planes()
 
     def _repack(self) -> Tensor:

@@ -33,7 +33,7 @@ class Planes(nn.Module):
     group_size: int
     dtype: torch.dtype
     mapped: Tensor | None
-    _repacked: tuple[Tensor, int, Tensor] | None = None  # of which qweight, of which version, and it
+    _repacked: tuple[Tensor, int, Tensor | None] | None = None  # of which qweight, which version, and it
 
     @property
     def lacks_planes(self) -> bool:
@@ -49,7 +49,7 @@ class Planes(nn.Module):
         made: Tensor | None = getattr(qweight, "made", lambda: None)()
         if made is None or version(made):  # whoever has it may have written to it
             with torch.inference_mode(False), torch.no_grad():
-                made = torch.ops.blaq.unrepack.default(self._repacked[2], self.bits,
+                made = torch.ops.blaq.unrepack.default(self._copy(), self.bits,
                                                        *matrix_shape(self.weight_shape))
             qweight.made = weakref.ref(made)  # type: ignore[attr-defined]
         return made
@@ -57,8 +57,11 @@ class Planes(nn.Module):
     def keep_planes(self) -> None:
         """Make ``qweight`` whole, if it is not."""
         if self.lacks_planes:
-            self.qweight, copy = self.planes(), self._repacked[2]
+            self.qweight, copy = self.planes(), self._copy()
             self._repacked = self.qweight, version(self.qweight), copy
+
+    def _copy(self) -> Tensor | None:
+        return None if self._repacked is None else self._repacked[2]
 
     def repacked(self) -> Tensor | None:
         """The copy, made if it is not there."""
