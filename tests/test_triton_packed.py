@@ -317,22 +317,6 @@ def test_a_code_without_level_makes_its_output_undefined():
         assert y[:, 7].isnan().all() and not y[:, :7].isnan().any() and not y[:, 8:].isnan().any()
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="the sparse buffer is one of the CPU's")
-@pytest.mark.parametrize("bits,row_bytes", [(2, 2**26), (4, 2**25)])
-def test_offsets_beyond_2_to_the_31(bits, row_bytes):
-    """The last plane starts beyond 2^31 bytes: by a stride that is longer, or by three that are not."""
-    from blaq_kernels.triton.unpack import unpack_kernel
-
-    levels, n, k = levels_of("pow2", bits), 33, 64
-    planes = ref.pack(random_codes((n, k), levels), bits)
-    buffer = torch.from_numpy(np.empty(bits * n * row_bytes, dtype=np.uint8))  # mapped as it is touched
-    buffer.view(bits, n, row_bytes)[:, :, :k // 8] = planes
-    out, scale = torch.empty(n, k), torch.ones(1)
-    unpack_kernel[(5,)](buffer, scale, out, n, k, row_bytes, n * row_bytes, 0, 1, 1, "powers", (), bits,
-                        False, 8, 64)
-    assert same_bits(out, ref.unpack(planes, scale, levels, 0, k, torch.float32))
-
-
 def test_two_weights_in_a_register_keep_apart():
     """What the assembly does to a pair of 16-bit lanes is what plain operations do to each: of a lane
     of two bytes every bit, of a lane of one byte the low ones, shifted by at most 12."""

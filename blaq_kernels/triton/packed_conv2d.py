@@ -125,7 +125,9 @@ def packed_conv2d(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
                        tuple(levels), group_size, out.permute(0, 2, 3, 1).view(pixels, n), plan)
                 return out.relu_() if relu else out
         plan = conv_plan_for(pixels, n // groups, k, groups, input.dtype, target_of(input))
-        if plan is None:
+        reach = sum((side - 1) * step * stride for side, step, stride in
+                    zip(kernel_size, dilation, input.stride()[2:], strict=True))
+        if plan is None or reach >= 2**31:  # the kernel counts from tap to tap in 32 bits
             weight = unpack_weight(qweight, scale, levels, group_size, k, input.dtype)
             weight = weight.view(n, -1, *kernel_size)
             out = torch.nn.functional.conv2d(input, weight, bias, list(stride), list(padding),
