@@ -95,8 +95,14 @@ def overheads() -> dict[str, float]:
     x = torch.randn(1, 64, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)
     op, levels = torch.ops.blaq.packed_linear.default, levels_of("pow2", 1)
+    long_weight, long_scale = gpu_linear.random_weight(4096, 4096, 1)
+    long = torch.randn(1, 4096, device="cuda", dtype=torch.bfloat16)
     step = gpu_step.build(gpu_step.resnet50(), 1, 0)
+    one = gpu_step.build([(64,)], 1, 0)
     return {"packed_linear 64x64": host_microseconds(lambda: op(x, qweight, scale, None, levels, -1)),
+            "packed_linear 4096x4096, k in parts": host_microseconds(
+                lambda: op(long, long_weight, long_scale, None, levels, -1)),
+            "fused_step of one tensor": host_microseconds(one["fused_step"].calls[0]),
             "torch.nn.functional.linear 64x64": host_microseconds(
                 lambda: torch.nn.functional.linear(x, weight)),
             "fused_step of ResNet-50": host_microseconds(step["fused_step"].calls[0], 50),

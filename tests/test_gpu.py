@@ -209,6 +209,46 @@ def test_packed_linear_in_a_graph_and_on_another_stream():
     assert torch.equal(captured, expected) and torch.equal(other, expected)
 
 
+def test_parts_of_k_are_added_alike_whichever_program_ends_last():
+    """On two streams, each with parts and tickets of its own, and among products of other sizes."""
+    op, levels = torch.ops.blaq.packed_linear, levels_of("pow2", 1)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    cases = []
+    for m, n, k in ((1, 200, 8192), (16, 4096, 4096), (40, 300, 8192)):
+        qweight, scale = packed_weight(n, k, levels, -1)
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        cases.append(((x, qweight, scale, None, levels, -1), op(x, qweight, scale, None, levels, -1)))
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(30):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results += [(op(*args), expected) for args, expected in cases]
+    torch.cuda.synchronize()
+    assert all(torch.equal(actual, expected) for actual, expected in results)
+    for args, expected in cases:
+        x, qweight, scale, _, levels, group_size = args
+        weight = ref.unpack(qweight, scale, levels, group_size, x.shape[-1], torch.float64)
+        assert error(expected, x.double() @ weight.t()) < 2 * torch.finfo(x.dtype).eps
+
+
+def test_packed_linear_in_the_graphs_of_torch_compile():
+    """Whose pool must hold nothing that outlives a call: what is kept for k in parts lies elsewhere."""
+    levels = levels_of("pow2", 2)
+    qweight, scale = packed_weight(160, 8192, levels, -1)
+
+    @torch.compile(mode="reduce-overhead", fullgraph=True)
+    def product(x):
+        return torch.ops.blaq.packed_linear(x, qweight, scale, None, levels, -1) + 1
+
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(2, 8192, device="cuda", dtype=torch.bfloat16)
+            actual = product(x).clone()
+            expected = torch.ops.blaq.packed_linear(x, qweight, scale, None, levels, -1) + 1
+            assert torch.equal(actual, expected)
+
+
 def test_gradients_of_packed_linear():
     levels = levels_of("pow2", 2)
     qweight, scale = packed_weight(33, 70, levels, -1)
