@@ -18,7 +18,7 @@ __all__ = ["ALL", "Decoded", "bounds", "linear", "takes_linear", "version"]
 MOST_WEIGHTS = 1 << 20
 """That a layer keeps decoded."""
 FEW_OUTPUTS, FEW_WEIGHTS, FEW_PRODUCTS = 32, 1 << 12, 1 << 16
-MANY_ROWS = 1024
+MANY_ROWS, LONG = 1024, 256
 TABLE_OUTPUTS = {torch.float32: (40, 88, 32, 32), torch.bfloat16: (128, 384, 384, 384)}
 """Outputs that a row's tables, or integers, of 16 bits must serve to pay, for 1 to 4 bits."""
 TABLE_ROWS = {torch.float32: (32, 32, 32, 32), torch.bfloat16: (1024, 256, 256, 256)}
@@ -70,7 +70,8 @@ def bounds(dtype: torch.dtype, n: int, k: int) -> tuple[int, int]:
         few = FEW_PRODUCTS // n if n else 0
         if not _is_narrow(n, k):
             return few, ALL
-        return (max(few, MANY_ROWS * k - 1) if _has_blocks(n) else ALL), ALL
+        blocks = n < FEW_OUTPUTS and _has_blocks(n)
+        return (max(few, MANY_ROWS * k - 1) if blocks else ALL), ALL
     if dtype is not torch.bfloat16:
         return 0, ALL
     few = FEW_WEIGHTS if n == 1 else k  # else oneDNN takes 15 µs to start
@@ -101,10 +102,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` on the CPU. Many rows for few outputs it gives not to BLAS but to oneDNN, up to
     2.6 times faster there: by the name that TorchInductor calls it by, without a gradient."""
     n, k = weight.shape
-    many = weight.dtype is torch.bfloat16 or (input.numel() >= MANY_ROWS * k
-                                              and (n * k <= FEW_WEIGHTS or n >= FEW_OUTPUTS))
-    if (many and (_has_blocks(n) or n >= 96) and not torch.is_grad_enabled()
-            and torch.backends.mkldnn.is_available()):
+    if weight.dtype is torch.bfloat16:
+        by_blocks = _has_blocks(n) or n >= 96
+    else:
+        by_blocks = (input.numel() >= MANY_ROWS * k and _has_blocks(n)
+                     and (n * k <= FEW_WEIGHTS if n < FEW_OUTPUTS else k >= LONG))
+    if by_blocks and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")
     return F.linear(input, weight, bias)
 
