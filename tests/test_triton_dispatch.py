@@ -151,6 +151,18 @@ def test_tensors_on_different_devices_are_an_error(name, argument):
 
 
 @pytest.mark.skipif(bool(ABSENT), reason=ABSENT)
+@pytest.mark.parametrize("name,argument", [
+    ("scaled_update", 1), ("blend", 0), ("fake_quantize", 0), ("solve", 0), ("solve", 1), ("pack", 0),
+    ("unpack", 0), ("packed_linear", 1), ("packed_conv2d", 1)])
+def test_what_must_be_contiguous_is_said(name, argument):
+    op = getattr(importlib.import_module(f"blaq_kernels.triton.{name}"), name)
+    args = list(calls()[name])
+    args[argument] = args[argument].mT.contiguous().mT
+    with pytest.raises(ValueError, match=rf"^blaq\.{name}: \w+ must be contiguous, got strides \["):
+        op(*args)
+
+
+@pytest.mark.skipif(bool(ABSENT), reason=ABSENT)
 def test_every_listed_op_has_its_function():
     for name in triton.OPS:
         assert callable(getattr(importlib.import_module(f"blaq_kernels.triton.{name}"), name))

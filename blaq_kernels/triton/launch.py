@@ -38,7 +38,7 @@ class Launch:
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], *rest: Any, num_warps: int) -> None:
         self._kernel, self._grid, self._rest, self._warps = kernel, grid, rest, num_warps
-        self._compiled: Callable[..., None] | None = None
+        self._compiled: Callable[[list[int | None]], None] | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
         addresses, bits = [], 0
@@ -48,29 +48,30 @@ class Launch:
             bits |= address or 0
         is_aligned = bits & 15 == 0
         if self._compiled is not None and is_aligned:
-            self._compiled(*addresses, *self._rest)
+            self._compiled(addresses)
             return
         compiled = self._kernel[self._grid](*tensors, *self._rest, num_warps=self._warps)
         if compiled is not None and is_aligned:  # the interpreter compiles nothing
-            self._compiled = _starting(compiled, self._grid)
+            self._compiled = _starting(compiled, self._grid, self._rest)
 
 
-def _starting(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
+def _starting(compiled: Any, grid: tuple[int, int, int],
+              rest: tuple[Any, ...]) -> Callable[[list[int | None]], None]:
     """``compiled[grid]``, without what that makes for profilers on every call, if there is none: by
     arguments that are those of Triton 3.6."""
     start = compiled[grid]
     runtime, driver = triton.knobs.runtime, triton.runtime.driver
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     if not (triton.__version__.startswith("3.6.") and type(enter) is type(leave) is HookChain):
-        return start
+        return lambda addresses: start(*addresses, *rest)
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
 
-    def launch(*args: Any) -> None:
+    def launch(addresses: list[int | None]) -> None:
         if (enter.calls or leave.calls or runtime.launch_enter_hook is not enter
                 or runtime.launch_exit_hook is not leave):
-            start(*args)
+            start(*addresses, *rest)
         else:
             stream = driver.active.get_current_stream(driver.active.get_current_device())
-            run(*grid, stream, function, metadata, None, None, None, *args)
+            run(*grid, stream, function, metadata, None, None, None, *addresses, *rest)
 
     return launch

@@ -55,10 +55,10 @@ def packed_linear(input: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
         if len(_calls) >= MOST_PLANS:
             _calls.clear()
         call = _calls[key] = _prepare(input, qweight, scale, bias, tuple(levels), group_size)
-    if call.product is None and not call.decodes:
-        return input.new_empty(call.shape)
     with launch.on_device_of(input):
         if call.product is None:
+            if not call.decodes:
+                return input.new_empty(call.shape)
             weight = unpack_weight(qweight, scale, levels, group_size, input.shape[-1], input.dtype)
             return torch.nn.functional.linear(input, weight, bias)
         out = input.new_empty(call.shape)
