@@ -29,10 +29,24 @@ def test_every_kernel_keeps_its_contract_on_one_architecture():
         assert done.returncode == 0 and all(row[-2].strip() == "yes" for row in rows), done.stdout
 
 
-@pytest.mark.parametrize("cc", ["80", "100", "120"])
-def test_other_architectures_compile(cc):
-    done = contract("--cc", cc, "--only", "fused_step, groups of 128, pow2 4 bits, bf16")
-    assert done.returncode == 0 and re.search(rf"\| {cc} \|", done.stdout), done.stdout + done.stderr
+def test_a_sample_keeps_its_contract_on_other_architectures():
+    done = contract("--cc", "80", "100", "120", "--sample", "4")
+    found = {line.split("|")[2].strip() for line in done.stdout.splitlines()[2:]}
+    assert found == {"80", "100", "120"}, done.stderr
+    if importlib.metadata.version("triton").startswith("3.6."):
+        assert done.returncode == 0, done.stdout
+
+
+def test_the_kept_table_is_of_these_kernels():
+    from blaq_kernels.triton.contract import cases
+
+    text = (Path(__file__).parents[1] / "docs" / "gpu-status.md").read_text()
+    table = text[text.index("python -m blaq_kernels.triton.contract\n"):].split("\n\n")[2]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert {row[-1] for row in rows} == {"yes"}
+    kept = [(row[0], row[1], row[2].split("(")[1]) for row in rows]
+    assert kept == [(case.name, str(cc), f"{case.budget:g})") for case in cases()
+                    for cc in case.architectures]
 
 
 def test_what_a_first_call_on_a_gpu_would_compile_compiles():

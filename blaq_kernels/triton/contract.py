@@ -122,9 +122,15 @@ def main() -> int:
     parser.add_argument("--cc", type=int, nargs="+", default=ARCHITECTURES, metavar="CC",
                         help="compute capabilities: 80 90 100 120")
     parser.add_argument("--only", default="", help="part of the names of the kernels wanted")
+    parser.add_argument("--sample", type=int, default=0, metavar="N",
+                        help="every N-th kernel, each for one of the architectures, in turn")
     args = parser.parse_args()
-    rows = [measure(case, cc) for case in cases() if args.only in case.name
-            for cc in args.cc if cc in case.architectures]
+    wanted = [(case, [cc for cc in args.cc if cc in case.architectures]) for case in cases()
+              if args.only in case.name]
+    if args.sample:
+        wanted = [(case, targets[turn % len(targets):][:1])
+                  for turn, (case, targets) in enumerate(wanted[::args.sample]) if targets]
+    rows = [measure(case, cc) for case, targets in wanted for cc in targets]
     print("\n".join(table(rows)))  # when all are compiled: an error leaves no half of a table
     return 1 if any(row.faults() for row in rows) else 0
 

@@ -41,7 +41,8 @@ class Launch:
         self._compiled: Callable[[list[int | None]], None] | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        addresses, bits = [], 0
+        addresses: list[int | None] = []
+        bits = 0
         for x in tensors:
             address = None if x is None else x.data_ptr()
             addresses.append(address)
