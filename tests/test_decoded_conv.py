@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import blaq
 import blaq_kernels
 from blaq import decoded_conv
+from blaq.commands.inspect import describe
 
 pytestmark = pytest.mark.skipif(blaq_kernels.int8_kernels() != "AVX-512 VNNI",
                                 reason="needs the kernels that the others are compared with")
@@ -28,7 +29,7 @@ def takes(layer, accuracy="high", dtype=torch.float32):
 def test_which_layers_decode():
     meta = {"device": "meta", "levels": (0.5, 1.0)}
     few, depthwise = blaq.PackedConv2d(3, 64, 7, **meta), blaq.PackedConv2d(64, 64, 3, groups=64, **meta)
-    deep, large = blaq.PackedConv2d(128, 128, 3, **meta), blaq.PackedConv2d(512, 512, 3, **meta)
+    deep, large = blaq.PackedConv2d(256, 256, 3, **meta), blaq.PackedConv2d(512, 512, 3, **meta)
     middle = blaq.PackedConv2d(48, 32, 1, **meta)
     for accuracy in ("exact", "high", "fast"):
         assert takes(few, accuracy) and takes(depthwise, accuracy)
@@ -36,6 +37,8 @@ def test_which_layers_decode():
         assert takes(middle, accuracy)
         assert not takes(few, accuracy, torch.float16)  # whose convolutions are slow
     halves = blaq.PackedConv2d(48, 48, 3, **meta)
+    in_groups = blaq.PackedConv2d(128, 128, 3, group_size=32, **meta)
+    assert takes(in_groups) and not takes(in_groups, "fast")
     assert not takes(halves) and takes(halves, "exact") and takes(halves, dtype=torch.bfloat16)
 
 
@@ -115,3 +118,13 @@ def test_a_folded_relu():
         torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="must be in eval mode"):
         folded.train()(x)
+
+
+@torch.no_grad()
+def test_inspect_says_what_a_run_keeps(tmp_path):
+    torch.manual_seed(0)
+    net = blaq.pack(nn.Sequential(quantize_(nn.Conv2d(3, 32, 3)), quantize_(nn.Conv2d(32, 64, 3))).eval())
+    blaq.save(net, tmp_path / "file")
+    net(torch.randn(2, 3, 9, 8))
+    layers = describe(blaq.inspect(tmp_path / "file"))["layers"]
+    assert [layer["bytes_repacked"] for layer in layers] == [layer.bytes_repacked for layer in net]

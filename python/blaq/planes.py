@@ -106,9 +106,9 @@ def drop_planes(model: nn.Module) -> nn.Module:
     back on request, for ``torch.export`` too.
 
     Layers keep their planes where kernels read those: on GPUs and processors without 8-bit kernels, with
-    accuracy ``exact``, groups that are no multiple of 32, convolutions of fewer than 16 channels or outputs
-    a group, 16-bit weights that are no multiples of one number, binary layers; and where another module
-    that keeps them shares them. Not while another thread computes.
+    accuracy ``exact``, groups that are no multiple of 32, convolutions of few channels or products, 16-bit
+    weights that are no multiples of one number, binary layers; and where another module that keeps them
+    shares them. Not while another thread computes.
 
     >>> from blaq import PackedLinear, summary
     >>> layer = drop_planes(PackedLinear(256, 64, levels=(1.0,), bias=False))

@@ -5,7 +5,8 @@
 Every field is checked as blaq.load checks it. Bytes are those of a layer's qweight, scale and bias;
 "x" is how many times more its weight and bias would take in float32. A group is the weights that
 share a scale: the whole tensor, a row, or so many inputs of a row. Last comes what running the model
-on a CPU with 8-bit kernels adds in memory: each packed weight in the order that they read.
+on a CPU with 8-bit kernels adds in memory: each packed weight in the order that they read, or decoded
+where torch's own product of it is faster.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from blaq_kernels.schemas import conv_repacked_shape, repacked_bytes
 
 from .._text import size, table
+from ..decoded_conv import takes_conv
 from ..format import PackedSpec, join
 from ..io import PackedFile, inspect
 
@@ -60,8 +64,11 @@ def describe(file: PackedFile) -> dict[str, Any]:
 
 
 def _repacked(spec: PackedSpec) -> int:
-    """Bytes that kernels of this processor repack a layer to; of a convolution in groups, at least."""
+    """Bytes that a layer keeps beside its tensors; of a convolution in groups, at least."""
     n, k = spec.shape[0], math.prod(spec.shape[1:])
+    dtype = getattr(torch, spec.dtype)
+    if spec.kind == "conv2d" and takes_conv(dtype, spec.shape, 1, spec.bits, spec.group_size, "high"):
+        return n * k * dtype.itemsize
     if spec.kind == "linear" or spec.group_size > 0:
         return repacked_bytes(spec.bits, n, (k + 7) // 8)
     return math.prod(conv_repacked_shape(spec.bits, n, k, math.prod(spec.shape[2:]), 1))
