@@ -8,7 +8,6 @@ from typing import Any
 
 import triton
 from torch import Tensor
-from triton.knobs import HookChain
 
 from ..device import aligned, on_device_of
 from ..schemas import require
@@ -60,11 +59,12 @@ def _starting(compiled: Any, grid: tuple[int, int, int],
               rest: tuple[Any, ...]) -> Callable[[list[int | None]], None]:
     """``compiled[grid]``, without what that makes for profilers on every call, if there is none: by
     arguments that are those of Triton 3.6."""
-    start = compiled[grid]
-    runtime, driver = triton.knobs.runtime, triton.runtime.driver
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    if not (triton.__version__.startswith("3.6.") and type(enter) is type(leave) is HookChain):
+    start, runtime, driver = compiled[grid], triton.knobs.runtime, triton.runtime.driver
+    if not triton.__version__.startswith("3.6.") or not all(
+            type(hook) is triton.knobs.HookChain
+            for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook)):
         return lambda addresses: start(*addresses, *rest)
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
 
     def launch(addresses: list[int | None]) -> None:
