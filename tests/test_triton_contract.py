@@ -3,7 +3,6 @@ this one may have Triton's interpreter."""
 
 import importlib.metadata
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
