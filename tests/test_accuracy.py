@@ -82,6 +82,16 @@ def test_repack_equals_the_reference(any_capability, bits, n, k):
     assert torch.equal(ops.repack(qweight), expected)
 
 
+@pytest.mark.parametrize("n, k", [(1, 1), (5, 13), (16, 64), (37, 301)])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_unrepack_inverts_repack(bits, n, k):
+    torch.manual_seed(n)
+    qweight = ref.pack(torch.randint(0, 2**bits, (n, k), dtype=torch.uint8), bits)
+    repacked = ops.repack(qweight)
+    assert torch.equal(ops.unrepack(repacked, bits, n, k), qweight)
+    assert torch.equal(ref.unrepack(repacked, bits, n, k), qweight)
+
+
 @needs_int8
 @pytest.mark.parametrize("accuracy", BUDGET)
 @pytest.mark.parametrize("group_size", [0, -1, 32, 96, 512])

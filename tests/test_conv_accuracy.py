@@ -88,6 +88,17 @@ def test_conv_repack_equals_the_reference(n, channels, taps, groups, bits):
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("n, channels, taps, groups", [(6, 2, 9, 2), (16, 32, 1, 1), (70, 45, 4, 2)])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_unrepack_inverts_conv_repack(bits, n, channels, taps, groups):
+    torch.manual_seed(n)
+    k = channels * taps
+    qweight = ref.pack(torch.randint(0, 2**bits, (n, k), dtype=torch.uint8), bits)
+    repacked = ops.conv_repack(qweight, k, taps, groups)
+    assert torch.equal(ops.unrepack(repacked, bits, n, k), qweight)
+    assert torch.equal(ref.unrepack(repacked, bits, n, k), qweight)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("group_size", [0, -1, 32])
 @pytest.mark.parametrize("book", CODEBOOKS, ids=str)

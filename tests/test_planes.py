@@ -10,7 +10,6 @@ from torch import nn
 
 import blaq
 import blaq_kernels
-from blaq_kernels import reference as ref
 
 pytestmark = pytest.mark.skipif(blaq_kernels.int8_kernels() != "AVX-512 VNNI",
                                 reason="needs kernels that read a copy of convolutions too")
@@ -35,27 +34,6 @@ def images(batch=2):
 
 def lacking(model):
     return [module.lacks_planes for module in (model[0], model[3])]
-
-
-@pytest.mark.parametrize("n, k", [(1, 1), (5, 13), (16, 64), (37, 301)])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_unrepack_inverts_repack(bits, n, k):
-    torch.manual_seed(n)
-    qweight = ref.pack(torch.randint(0, 2**bits, (n, k), dtype=torch.uint8), bits)
-    repacked = torch.ops.blaq.repack(qweight)
-    assert torch.equal(torch.ops.blaq.unrepack(repacked, bits, n, k), qweight)
-    assert torch.equal(ref.unrepack(repacked, bits, n, k), qweight)
-
-
-@pytest.mark.parametrize("n, channels, taps, groups", [(6, 2, 9, 2), (16, 32, 1, 1), (70, 45, 4, 2)])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_unrepack_inverts_conv_repack(bits, n, channels, taps, groups):
-    torch.manual_seed(n)
-    k = channels * taps
-    qweight = ref.pack(torch.randint(0, 2**bits, (n, k), dtype=torch.uint8), bits)
-    repacked = torch.ops.blaq.conv_repack(qweight, k, taps, groups)
-    assert torch.equal(torch.ops.blaq.unrepack(repacked, bits, n, k), qweight)
-    assert torch.equal(ref.unrepack(repacked, bits, n, k), qweight)
 
 
 @pytest.mark.parametrize("accuracy", ["high", "fast"])
