@@ -160,12 +160,14 @@ def _charlm(options: Options) -> Outcome:
 
 def table_lines(content: Mapping[str, Any]) -> list[str]:
     """A study's rows for the terminal."""
-    head = ("", "paper", "here, % ± sd", "seeds", "lr", "epochs", "gradients", "seconds")
+    head = ("", "paper", "here, % ± sd", "last epoch", "seeds", "lr", "epochs", "gradients",
+            "seconds")
     return table([head, *((
         row["label"], "" if row["paper"] is None else f"{row['paper']:.2f}",
-        Spread(**row["test_accuracy"]).text(100), str(len(row["runs"])), f"{row['lr']:g}",
+        Spread(**row["test_accuracy"]).text(100), Spread(**row["last_accuracy"]).text(100),
+        str(len(row["runs"])), f"{row['lr']:g}",
         str(row["epochs"]), f"{row['evaluations']:,}", f"{row['seconds']['mean']:.0f}")
-        for row in content["rows"])], right=range(1, 8))
+        for row in content["rows"])], right=range(1, 9))
 
 
 EXPERIMENTS = {
