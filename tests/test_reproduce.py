@@ -3,6 +3,7 @@
 import json
 import lzma
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from blaq.reproduce.study import Resources, best_line, run_study
 from blaq.reproduce.tables import STUDIES
 from blaq.reproduce.theory import LIMITS, power_law, stability_limit
 from blaq.reproduce.toy import best_quantized
-from blaq.train import data as datasets
+from blaq.train import data as datasets, loop
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,26 @@ def test_table_on_tiny_data_resumes_and_refuses(capsys, tmp_path, mnist, name):
     record["config"]["batch_size"] = 10
     kept.write_text(json.dumps(record))
     assert "batch_size must be 20, got 10" in fails_at_end(capsys, arguments)
+
+
+def test_rows_that_are_one_run_are_trained_once(tmp_path, mnist, monkeypatch):
+    trained = []
+
+    def train(config, out, **rest):
+        trained.append(out.name)
+        return loop.train(config, out, **rest)
+
+    monkeypatch.setattr("blaq.reproduce.runs.train", train)
+    study = STUDIES["table4"]
+    plan = replace(study.plans["quick"], rates=(3e-3,), epochs=1, seeds=1, rows=("laq-same-lr", "laq"))
+    study = replace(study, plans={"quick": plan})
+    data = datasets.load("mnist", mnist)
+    content = run_study(study, "quick", data, Resources(tmp_path))
+    assert trained == ["laq-same-lr-s0"] and content["missing"] == []
+    assert content["rows"][0]["runs"] == content["rows"][1]["runs"]
+    (tmp_path / "table4-quick" / "laq-same-lr-s0" / RECORD).unlink()
+    run_study(study, "quick", data, Resources(tmp_path), ["laq-same-lr"])
+    assert trained == ["laq-same-lr-s0"]
 
 
 def fails_at_end(capsys, arguments):

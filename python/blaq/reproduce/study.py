@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..train.checkpoint import write_json
 from ..train.config import TrainConfig
 from ..train.data import Data, Split, held_out
 from ..train.loop import quantized_epochs
-from .results import Claim, difference, spread, verdict
+from .results import Claim, difference, read_versioned, spread, verdict
 from .runs import RECORD, Job, OutOfTime, Record, read_record, train_jobs
 
 __all__ = ["Comparison", "Plan", "Resources", "Row", "Study", "best_line", "claims_of",
@@ -166,13 +167,38 @@ def run_study(study: Study, budget: str, data: Data, using: Resources,
     out = using.out / f"{study.name}-{budget}"
     try:
         rates = _sweep(study, plan, chosen, data, using, out)
-        train_jobs([Job(f"{row.key}-s{seed}", _final(study, plan, row, rates, seed, using.device),
-                        row.evaluations)
-                    for seed in range(plan.seeds) for row in chosen],
-                   out, data, workers=using.workers, deadline=using.deadline)
+        jobs = [Job(f"{row.key}-s{seed}", _final(study, plan, row, rates, seed, using.device),
+                    row.evaluations) for seed in range(plan.seeds) for row in chosen]
+        for part in _apart(jobs):  # the second finds its runs done
+            _share_records(part, study, plan, rates, out, using.device)
+            train_jobs(part, out, data, workers=using.workers, deadline=using.deadline)
     except OutOfTime:
         pass
     return summarise(study, plan, out, using.device)
+
+
+def _apart(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+    """Jobs, and those that are the same run as one of these."""
+    first: dict[TrainConfig, Job] = {}
+    own = [job for job in jobs if first.setdefault(job.config, job) is job]
+    return own, [job for job in jobs if first[job.config] is not job]
+
+
+def _share_records(jobs: Sequence[Job], study: Study, plan: Plan, rates: Mapping[str, float],
+                   out: Path, device: str) -> None:
+    """Give a job the record of a finished run that is the same but for its name: two rows are one
+    where a control's learning rate is that which its row's own sweep chose."""
+    finished = {}
+    for row in study.rows:
+        for seed in range(plan.seeds if (row.like or row.key) in rates else 0):
+            record = out / f"{row.key}-s{seed}" / RECORD
+            if record.exists():
+                finished[_final(study, plan, row, rates, seed, device)] = record
+    for job in jobs:
+        record = out / job.name / RECORD
+        if job.config in finished and not record.exists():
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_json(record, read_versioned(finished[job.config]))
 
 
 def limited(data: Data, images: int) -> Data:
