@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "binary_checks.h"
+#include "cpu/tap_splitter.h"
 
 namespace blaq {
 
@@ -17,40 +18,24 @@ Tensor binary_words(const Tensor& qweight, int64_t in_features, int64_t taps, in
   if (out.numel() == 0) return out;
   const uint8_t* from = qweight.const_data_ptr<uint8_t>();
   uint64_t* to = reinterpret_cast<uint64_t*>(out.mutable_data_ptr<int64_t>());
-  const int64_t source_words = (k + 63) / 64;
-  torch::stable::parallel_for(
-      0, groups * weight.blocks(), 1 + (1 << 12) / (k + 1), [&](int64_t begin, int64_t end) {
-        using Block = uint64_t[8];  // that word of 8 outputs
-        std::vector<uint64_t> source(source_words * 8);
-        for (int64_t block = begin; block < end; ++block) {
-          const int64_t group = block / weight.blocks(), first = block % weight.blocks() * 8;
-          Block* rows = reinterpret_cast<Block*>(source.data());
-          for (int i = 0; i < 8; ++i) {
-            const int64_t n = std::min<int64_t>(first + i, weight.n - 1);
-            const uint8_t* row = from + (group * weight.n + n) * row_bytes;
-            for (int64_t w = 0; w < k / 64; ++w) std::memcpy(&rows[w][i], row + w * 8, 8);
-            if (k % 64 != 0) {
-              uint64_t last = 0;
-              std::memcpy(&last, row + k / 64 * 8, row_bytes - k / 64 * 8);
-              rows[k / 64][i] = last & ((uint64_t{1} << (k % 64)) - 1);
-            }
-          }
-          Block* target = reinterpret_cast<Block*>(to + block * taps * words * 8);
-          if (taps == 1) {
-            std::memcpy(target, rows, source_words * sizeof(Block));
-            continue;
-          }
-          std::fill_n(target[0], taps * words * 8, uint64_t{0});
-          for (int64_t c = 0; c < weight.channels; ++c) {
-            for (int64_t t = 0; t < taps; ++t) {
-              const int64_t at = c * taps + t;
-              const Block& bits = rows[at / 64];
-              Block& word = target[t * words + c / 64];
-              for (int i = 0; i < 8; ++i) word[i] |= (bits[i] >> (at % 64) & 1) << (c % 64);
-            }
+  const int64_t pairs = (weight.blocks() + 1) / 2;  // of blocks
+  torch::stable::parallel_for(0, groups * pairs, 1 + (1 << 12) / (k + 1), [&](int64_t begin, int64_t end) {
+    TapSplitter splitter(taps, k);
+    std::vector<TapWords> split(taps);
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const int64_t group = pair / pairs, first = pair % pairs * 2;
+      const int64_t block_words = taps * words * 8, some = std::min<int64_t>(2, weight.blocks() - first);
+      uint64_t* target = to + (group * weight.blocks() + first) * block_words;
+      for (int64_t word = 0; word < words; ++word) {
+        splitter.split(from + (group * weight.n + first * 8) * row_bytes, weight.n - first * 8, word, split.data());
+        for (int64_t block = 0; block < some; ++block) {
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            std::memcpy(target + block * block_words + (tap * words + word) * 8, &split[tap].of_row[block * 8], 64);
           }
         }
-      });
+      }
+    }
+  });
   return out;
 }
 

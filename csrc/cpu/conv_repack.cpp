@@ -3,32 +3,13 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <bit>
-#include <cstring>
 
 #include "cpu/packed_conv_int8.h"
+#include "cpu/tap_splitter.h"
 #include "packed_checks.h"
 
 namespace blaq {
 namespace {
-
-// Of 64 channels, which are `taps` words: the bits of a tap in each word, and of which channel the first is.
-struct Gathering {
-  struct Part {
-    uint64_t mask = 0;
-    int64_t channel = 0;
-  };
-  int64_t taps;
-  std::vector<Part> parts;  // [tap][word]
-
-  explicit Gathering(int64_t taps_) : taps(taps_), parts(taps * taps) {
-    for (int64_t input = 64 * taps - 1; input >= 0; --input) {
-      Part& part = parts[input % taps * taps + input / 64];
-      part.mask |= uint64_t{1} << input % 64;
-      part.channel = input / taps;
-    }
-  }
-};
 
 // Four planes of 32 inputs to digits of 4 bits: the i-th of word p is the code of input 4i + p.
 inline void interleave_planes(uint32_t (&plane)[4]) {
@@ -42,6 +23,9 @@ inline void interleave_planes(uint32_t (&plane)[4]) {
   mix(plane[0], plane[2], 2, 0x33333333);
   mix(plane[1], plane[3], 2, 0x33333333);
 }
+
+// Bytes that are worth waking a thread for.
+constexpr int64_t kWorth = 1 << 16;
 
 }  // namespace
 }  // namespace blaq
@@ -61,21 +45,24 @@ Tensor conv_repack(const Tensor& qweight, int64_t in_features, int64_t taps, int
   Tensor out = torch::stable::new_empty(qweight, layout.shape());
   if (out.numel() == 0) return out;
   const int64_t channels = in_features / taps, bytes = qweight.size(2);
-  const int64_t words = (channels + 63) / 64 * taps;
-  const Gathering gathering(taps);
   const uint8_t* planes = qweight.const_data_ptr<uint8_t>();
   uint32_t* to = reinterpret_cast<uint32_t*>(out.mutable_data_ptr<uint8_t>());
-  torch::stable::parallel_for(0, groups * layout.tiles, 1, [&](int64_t begin, int64_t end) {
-    std::vector<uint64_t> row(bits * words);
-    for (int64_t i = begin * 16; i < end * 16; ++i) {
-      const int64_t tile = i / 16, lane = std::min(tile % layout.tiles * 16 + i % 16, of_group - 1);
-      for (int b = 0; b < bits; ++b) {
-        const int64_t at = b * n + tile / layout.tiles * of_group + lane;
-        std::memcpy(&row[b * words], planes + at * bytes, bytes);
-        if (in_features % 64) row[b * words + in_features / 64] &= (uint64_t{1} << in_features % 64) - 1;
+  const auto store = bits == 1   ? BLAQ_VARIANT(store_taps<1>)
+                     : bits == 2 ? BLAQ_VARIANT(store_taps<2>)
+                     : bits == 3 ? BLAQ_VARIANT(store_taps<3>)
+                                 : BLAQ_VARIANT(store_taps<4>);
+  const int64_t grain = 1 + kWorth / layout.tile_bytes();
+  torch::stable::parallel_for(0, groups * layout.tiles, grain, [&](int64_t begin, int64_t end) {
+    TapSplitter splitter(taps, in_features);
+    std::vector<TapWords> words(bits * taps);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile % layout.tiles * 16, row = tile / layout.tiles * of_group + first;
+      for (int64_t block = 0; block * 64 < channels; ++block) {
+        for (int b = 0; b < bits; ++b) {
+          splitter.split(planes + (b * n + row) * bytes, of_group - first, block, &words[b * taps]);
+        }
+        store(words.data(), taps, block * 64, channels, layout.words, to + tile * layout.tile_bytes() / 4);
       }
-      BLAQ_VARIANT(repack_taps)(row.data(), bits, channels, gathering, layout.words,
-                                to + tile * layout.tile_bytes() / 4 + i % 16);
     }
   });
   return out;
