@@ -14,8 +14,9 @@ from torch import Tensor
 
 from . import device as devices
 from .flat import separate
-from .schemas import check_flips, require
+from .rules import require
 from .tables import KEPT, Part, tables
+from .training_rules import check_flips
 
 # (sizes, dtype, whether every address is a multiple of 16) of each.
 Weights = tuple[tuple[tuple[int, ...], torch.dtype, bool], ...]

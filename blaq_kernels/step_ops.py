@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .schemas import check_fused_step, check_fused_trial
 from .step_lists import Engine, Stage, run
+from .training_rules import check_fused_step, check_fused_trial
 
 
 def fused_trial(engine: Engine, params: Sequence[Tensor], grads: Sequence[Tensor],

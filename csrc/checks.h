@@ -1,4 +1,4 @@
-// Argument rules of torch.ops.blaq for C++ kernels, in the words of blaq_kernels/schemas.py:
+// Argument rules of torch.ops.blaq for C++ kernels, in the words of those in blaq_kernels (rules.py):
 // `blaq.<op>: <argument> must <rule>, got <value>`, a ValueError in Python. Text is made on failure only.
 #pragma once
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import blaq_kernels
 from blaq_kernels import reference as ref
-from blaq_kernels.schemas import memory_format
+from blaq_kernels.packed_rules import memory_format
 
 # batch, channels, height, width, out, kernel, stride, padding, dilation, groups
 CONVS = [

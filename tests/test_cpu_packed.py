@@ -8,7 +8,7 @@ import torch
 import blaq_kernels
 from blaq_kernels import reference as ref
 from blaq_kernels.codebook import levels_of
-from blaq_kernels.schemas import memory_format
+from blaq_kernels.packed_rules import memory_format
 
 pytestmark = pytest.mark.skipif(not blaq_kernels.cpu_capabilities(), reason="needs blaq_kernels._C")
 

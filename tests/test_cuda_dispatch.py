@@ -6,14 +6,13 @@ import os
 import subprocess
 import sys
 
+import blaq
 import pytest
 import torch
-
 from torch._subclasses import FakeTensorMode
 
-import blaq
 import blaq_kernels
-from blaq_kernels import cuda, fragments, schemas
+from blaq_kernels import cuda, fragments, packed_rules
 from blaq_kernels.codebook import levels_of
 from blaq_kernels.cuda.binary_linear import binary_linear
 from blaq_kernels.cuda.packed_linear import packed_linear
@@ -67,7 +66,7 @@ def meta_call(m, dtype, repacked=True, bits=2, **changes):
     """Arguments of packed_linear on the meta device, where rules are checked as on a GPU."""
     levels, n, k = levels_of("pow2", bits), 40, 100
     qweight = torch.empty(bits, n, 13, dtype=torch.uint8, device="meta")
-    size = schemas.repacked_bytes(*qweight.shape, qweight.device.type)
+    size = packed_rules.repacked_bytes(*qweight.shape, qweight.device.type)
     args = {"input": torch.empty(m, k, dtype=dtype, device="meta"), "qweight": qweight,
             "scale": torch.empty(n, 1, device="meta"), "bias": None, "levels": levels,
             "group_size": -1,
@@ -157,10 +156,10 @@ def test_what_repack_makes_on_a_gpu_passes_the_rules(bits):
         x, scale = (torch.empty(*s, device="cuda") for s in ((3, 100), (37, 1)))
         args = x, qweight, scale, None, levels_of("pow2", bits), -1
         repacked = torch.ops.blaq.repack(qweight)
-        schemas.check_packed_linear(*args, repacked)
+        packed_rules.check_packed_linear(*args, repacked)
         short = torch.empty(repacked.numel() - 1, dtype=torch.uint8, device="cuda")
         with pytest.raises(ValueError, match="repacked must have shape"):
-            schemas.check_packed_linear(*args, short)
+            packed_rules.check_packed_linear(*args, short)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 8, 16])
@@ -198,7 +197,7 @@ def test_out_of_memory_while_repacking_changes_nothing(monkeypatch):
 def test_a_repacked_weight_has_the_size_that_the_fake_says():
     for bits in (1, 2, 3, 4):
         qweight = torch.randint(0, 256, (bits, 21, 37), dtype=torch.uint8)
-        size = schemas.repacked_bytes(bits, 21, 37, "cuda")
+        size = packed_rules.repacked_bytes(bits, 21, 37, "cuda")
         assert fragments.repack(qweight).shape == (size,)
 
 

@@ -4,11 +4,18 @@ import math
 
 import pytest
 import torch
-from test_triton_packed import (BOOKS, DTYPES, assert_rounded_once, assert_within_budget,
-                                packed_weight, tensor, wide_for)
+from test_triton_packed import (
+    BOOKS,
+    DTYPES,
+    assert_rounded_once,
+    assert_within_budget,
+    packed_weight,
+    tensor,
+    wide_for,
+)
 
 from blaq_kernels import reference as ref
-from blaq_kernels.schemas import memory_format
+from blaq_kernels.packed_rules import memory_format
 from blaq_kernels.triton import launch
 from blaq_kernels.triton.linear_plans import ConvPlan
 from blaq_kernels.triton.packed_conv2d import convolve, packed_conv2d

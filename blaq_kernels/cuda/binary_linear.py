@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda
-from ..schemas import check_binary_linear
+from ..packed_rules import check_binary_linear
 
 __all__ = ["binary_linear"]
 

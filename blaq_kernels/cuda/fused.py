@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda
-from ..schemas import require
+from ..rules import require
 from ..step_lists import Engine, Stage, Weights
 from ..tables import Part
 from . import call, plan

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda
-from ..schemas import check_packed_linear
+from ..packed_rules import check_packed_linear
 
 __all__ = ["packed_linear"]
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import cuda
-from ..schemas import check_repack
+from ..packed_rules import check_repack
 
 __all__ = ["repack"]
 
 
 def repack(otherwise: Callable[[Tensor], Tensor], qweight: Tensor) -> Tensor:
-    """uint8 ``[bits, N, ceil(K/8)]``, contiguous, to as many bytes as ``schemas.repacked_bytes`` says.
+    """uint8 ``[bits, N, ceil(K/8)]``, contiguous, to as many bytes as ``packed_rules.repacked_bytes`` says.
 
     Raises:
         ValueError: an argument breaks a rule; the message names it.

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..device import aligned, on_device_of
 from ..reference import SCALE_TINY, scale_shape
-from ..schemas import check_solve
 from ..tables import tables
+from ..training_rules import check_solve
 from . import call, plan
 
 __all__ = ["solve"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..codebook import midpoints
 from ..reference import matrix_shape
-from ..schemas import check_fake_quantize
+from ..training_rules import check_fake_quantize
 from . import launch
 from .contract_case import Case
 from .decode import group_of, tile_of_program

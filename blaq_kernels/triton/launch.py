@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ..device import aligned, on_device_of
-from ..schemas import require
+from ..rules import require
 
 __all__ = ["Launch", "aligned", "check_device", "interpreted", "on_device_of"]
 

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..packed_rules import check_pack
 from ..reference import matrix_shape
-from ..schemas import check_pack
 from . import launch
 from .contract_case import Case
 from .decode import tile_of_program

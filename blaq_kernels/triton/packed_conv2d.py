@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import bits_of
-from ..schemas import check_packed_conv2d, conv_output_size, memory_format
+from ..packed_rules import check_packed_conv2d, conv_output_size, memory_format
 from . import launch
 from .contract_case import Case
 from .decode import POWERS, TABLE, decode, is_exact, kind_of, load_lanes

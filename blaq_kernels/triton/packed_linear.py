@@ -11,15 +11,23 @@ import torch
 import triton
 from torch import Tensor
 
+from ..packed_rules import check_packed_linear
 from ..reference import scale_shape
-from ..schemas import check_packed_linear
 from . import launch
-from .decode import POWERS, TABLE, is_exact, kind_of
 from .contract_case import Case
+from .decode import POWERS, TABLE, is_exact, kind_of
 from .launch import Launch
 from .linear_plans import BLACKWELL, DECODE, FEW, HOPPER, OTHERS, Plan, plan_for, target_of
-from .packed_matmul import (CHECKED, ROW, SUM_BLOCK, TILE, WEIGHT, interleave_kernel,
-                            packed_matmul_kernel, sum_splits_kernel)
+from .packed_matmul import (
+    CHECKED,
+    ROW,
+    SUM_BLOCK,
+    TILE,
+    WEIGHT,
+    interleave_kernel,
+    packed_matmul_kernel,
+    sum_splits_kernel,
+)
 from .unpack import unpack_weight
 from .workspace import splits_of
 

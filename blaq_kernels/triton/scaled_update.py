@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..schemas import check_scaled_update
+from ..training_rules import check_scaled_update
 from . import launch
 from .contract_case import Case
 

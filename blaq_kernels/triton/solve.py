@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..reference import SCALE_TINY, scale_shape
-from ..schemas import check_solve
 from ..tables import tables
+from ..training_rules import check_solve
 from . import launch
 from .alternate import ALONE
 from .long_groups import code_long_groups, sum_long_groups

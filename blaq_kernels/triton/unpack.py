@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import bits_of
-from ..schemas import check_unpack
+from ..packed_rules import check_unpack
 from . import launch
 from .contract_case import Case
 from .decode import POWERS, TABLE, decode, group_of, join8, kind_of, load_lanes, tile_of_program

@@ -1,7 +1,7 @@
 // What every op on CUDA tensors begins with: its device made current, and its stream.
 //
 // The ops here are torch.ops.blaq_cuda, with the schemas of torch.ops.blaq; blaq_kernels/cuda calls
-// them with arguments that have passed the rules of schemas.py, and for what they cover only.
+// them with arguments that have passed the rules of blaq_kernels, and for what they cover only.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

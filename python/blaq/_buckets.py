@@ -16,7 +16,7 @@ from torch import Tensor
 
 from blaq_kernels import flat
 from blaq_kernels.reference import SCALE_TINY, scale_shape, to_groups
-from blaq_kernels.schemas import require
+from blaq_kernels.rules import require
 
 from .codebook import levels_for
 from .quantization import Quantization, record

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blaq_kernels.schemas import ACCURACIES
+from blaq_kernels.rules import ACCURACIES
 
 __all__ = ["get_accuracy", "set_accuracy"]
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from blaq_kernels.codebook import MAX_LEVELS
-from blaq_kernels.schemas import require
+from blaq_kernels.rules import require
 
 from .binary import binarize
 from .codebook import levels_for
 from .encoding import recover_scale
-from .fold import check_foldable, fold_norm as fold
+from .fold import check_foldable
+from .fold import fold_norm as fold
 from .nn import PackedConv2d, PackedLayer, PackedLinear, require_unfolded
 from .quantization import Quantization, quantization_of, record
 from .replace import replace

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx, nn
 
-from blaq_kernels.schemas import require
+from blaq_kernels.rules import require
 
 from .binary import BinaryActivation
 from .nn import PackedConv2d, PackedLayer, PackedLinear

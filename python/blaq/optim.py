@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from blaq_kernels.schemas import require
+from blaq_kernels.rules import require
 
 from ._buckets import (
     BLAQ_BITS,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from blaq_kernels.schemas import METHODS, PARAM_DTYPES, require
+from blaq_kernels.rules import METHODS, PARAM_DTYPES, require
 
 from .codebook import levels_for
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blaq_kernels.schemas import require
+from blaq_kernels.rules import require
 
 __all__ = ["RandomState", "evaluate", "modules_with_buffers", "trial_pass"]
 

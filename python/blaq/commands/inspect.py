@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from blaq_kernels.schemas import conv_repacked_shape, repacked_bytes
+from blaq_kernels.packed_rules import conv_repacked_shape, repacked_bytes
 
 from .._text import size, table
 from ..decoded_conv import takes_conv

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from blaq_kernels.schemas import require
+from blaq_kernels.rules import require
 
 from ..trial import evaluate
 from .method import Method, make_optimizer, quantized_layers

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from blaq_kernels.reference import from_groups, to_groups
-from blaq_kernels.schemas import require
+from blaq_kernels.rules import require
 
 from ..trial import evaluate
 from .method import Method, make_optimizer, quantized_layers

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from blaq_kernels.reference import SCALE_TINY, from_groups, to_groups
-from blaq_kernels.schemas import require
+from blaq_kernels.rules import require
 
 from ..functional import fake_quantize
 from .norms import EstimatesNorms

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from blaq_kernels.schemas import require
+from blaq_kernels.rules import require
 
 from .quantizer import QuantizerMethod, WeightQuantizer
 from .sparsity import keep_largest, shares, sparse_bits

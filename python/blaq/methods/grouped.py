@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blaq_kernels.reference import from_groups, scale_shape, to_groups
-from blaq_kernels.schemas import require
+from blaq_kernels.rules import require
 
 from ..functional import solve
 from .quantizer import WeightQuantizer, straight_through

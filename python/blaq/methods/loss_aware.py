@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from blaq_kernels.schemas import require
+from blaq_kernels.rules import require
 
 from ..optim import BLAQ
 from .method import Method, groups_of

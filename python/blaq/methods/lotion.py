@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from blaq_kernels.schemas import require
+from blaq_kernels.rules import require
 
 from ..codebook import levels_of
 from ..functional import fake_quantize

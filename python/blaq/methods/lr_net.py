@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from blaq_kernels.reference import signs
-from blaq_kernels.schemas import require
+from blaq_kernels.rules import require
 
 from .lsq import TINY
 from .norms import EstimatesNorms

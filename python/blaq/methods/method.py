@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from blaq_kernels.schemas import require
+from blaq_kernels.rules import require
 
 from ..param_groups import param_groups
 

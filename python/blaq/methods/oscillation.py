@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from blaq_kernels.schemas import require
+from blaq_kernels.rules import require
 
 from .lsq import LSQ, TINY, LearnedStep
 from .norms import EstimatesNorms

@@ -9,7 +9,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from blaq_kernels.schemas import require
+from blaq_kernels.rules import require
 
 __all__ = ["huffman_bits", "keep_largest", "shares", "sparse_bits"]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from blaq_kernels.schemas import METHODS as SOLVES
+from blaq_kernels.rules import METHODS as SOLVES
 
 from .._extras import import_extra
 from ..codebook import levels_for
