@@ -153,8 +153,8 @@ def test_variants_threads_and_batches_give_the_same_bits(group_size, variant):
             assert torch.equal(torch.ops.blaq.binary_linear(x[rows], *args), expected[rows])
 
 
-@pytest.mark.parametrize("n,channels,taps,groups", [(5, 13, 1, 1), (24, 70, 9, 2), (9, 3, 4, 3),
-                                                    (0, 5, 2, 1), (4, 0, 2, 2), (64, 128, 9, 1), (20, 130, 4, 1)])
+@pytest.mark.parametrize("n,channels,taps,groups", [(5, 13, 1, 1), (24, 70, 9, 2), (9, 3, 4, 3), (0, 5, 2, 1),
+                                                    (4, 0, 2, 2), (64, 128, 9, 1), (20, 130, 4, 1)])
 def test_binary_repack(n, channels, taps, groups):
     qweight, _ = binary_weight(n, channels * taps, 0)
     assert torch.equal(torch.ops.blaq.binary_repack(qweight, channels * taps, taps, groups),

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/packed_conv_int8.h"
 #include "cpu/tap_splitter.h"
@@ -10,19 +11,6 @@
 
 namespace blaq {
 namespace {
-
-// Four planes of 32 inputs to digits of 4 bits: the i-th of word p is the code of input 4i + p.
-inline void interleave_planes(uint32_t (&plane)[4]) {
-  const auto mix = [](uint32_t& a, uint32_t& b, int by, uint32_t low) {
-    const uint32_t first = (a & low) | ((b & low) << by);
-    b = ((a >> by) & low) | (b & ~low);
-    a = first;
-  };
-  mix(plane[0], plane[1], 1, 0x55555555);
-  mix(plane[2], plane[3], 1, 0x55555555);
-  mix(plane[0], plane[2], 2, 0x33333333);
-  mix(plane[1], plane[3], 2, 0x33333333);
-}
 
 // Bytes that are worth waking a thread for.
 constexpr int64_t kWorth = 1 << 16;

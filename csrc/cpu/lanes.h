@@ -219,3 +219,20 @@ inline void transpose_16_bytes(const uint8_t* row, int64_t stride, Words* words,
   }
 #endif
 }
+
+// Bit planes of 32 inputs to digits of 4 bits. With two planes the i-th digit of word p has the
+// codes of inputs 4i + p and 4i + p + 2, with four planes that of input 4i + p.
+template <int WORDS>
+inline void interleave(Words* plane, int64_t step) {
+  const auto mix = [](Words& a, Words& b, int by, uint32_t low) {
+    const Words first = (a & low) | (b << by & ~low);
+    b = (a >> by & low) | (b & ~low);
+    a = first;
+  };
+  if constexpr (WORDS >= 2) mix(plane[0], plane[step], 1, 0x55555555);
+  if constexpr (WORDS == 4) {
+    mix(plane[2 * step], plane[3 * step], 1, 0x55555555);
+    mix(plane[0], plane[2 * step], 2, 0x33333333);
+    mix(plane[step], plane[3 * step], 2, 0x33333333);
+  }
+}

@@ -1,8 +1,8 @@
 // A packed weight times rows of floats in 8-bit arithmetic: AVX-512 with VBMI and VNNI, AVX2, NEON. Faster
 // than packed_matmul.h and less exact; what it cannot do, that does.
 //
-// Both ways read the weight repacked: for 16 outputs and 32 inputs, `words` registers whose lanes have 8
-// digits of 4 bits each, as packed_matmul.h makes them. Integers accumulate over a segment of inputs that
+// Both ways read the weight repacked: [n / 16][k / 32][words] registers, for 16 outputs and 32 inputs, whose lanes
+// have 8 digits of 4 bits each, as packed_matmul.h makes them. Integers accumulate over a segment of inputs that
 // share a unit, so a result depends on its row and its output alone.
 // - tables (1 and 2 bits): all 16 sums that the inputs of a digit can make, as integers; a look-up for 64
 //   bytes fetches from four tables at once. High accuracy has larger tables: packed_int16_kernel.h.
@@ -49,9 +49,6 @@ bool has_vnni();
 // Whether this processor and this weight have the way. High accuracy with 3 and 4 bits asks for levels that
 // are multiples of one number (level_table.h).
 bool has_int8(const PackedMatrix& weight, Accuracy accuracy);
-
-// out[n / 16][k / 32][words][16 lanes] of 32 bits.
-void repack(const PackedMatrix& weight, uint8_t* out);
 
 // As multiply_rows, from a multiple of 16 outputs on. A row whose inputs are not finite, or too small for
 // a unit, goes to multiply_rows: so NaN and Inf give what F.linear gives, in their rows alone. Without planes

@@ -7,7 +7,6 @@
 #include <cstring>
 
 #include "codebook.h"
-#include "cpu/packed_int8.h"
 
 namespace blaq {
 
@@ -94,16 +93,6 @@ void multiply_rows(const PackedMatrix& weight, const Product& product) {
                    : weight.bits == 1 ? BLAQ_VARIANT(multiply<true, 1>)
                                       : BLAQ_VARIANT(multiply<true, 2>);
   run(weight, product, space);
-}
-
-void repack(const PackedMatrix& weight, uint8_t* out) {
-  const int words = words_of(weight.bits);
-  const auto run = words == 1   ? BLAQ_VARIANT(repack_groups<1>)
-                   : words == 2 ? BLAQ_VARIANT(repack_groups<2>)
-                                : BLAQ_VARIANT(repack_groups<4>);
-  torch::stable::parallel_for(0, (weight.n + 15) / 16, 4, [&](int64_t first, int64_t last) {
-    run(weight, first, last, out);
-  });
 }
 
 }  // namespace blaq

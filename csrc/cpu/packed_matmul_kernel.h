@@ -8,23 +8,6 @@ constexpr int64_t kCache = 32 << 10;  // bytes of tables or inputs that a tile r
 // Input that the at-th digit of a word with four planes is the code of, counted over all words.
 inline int64_t digit_input(int64_t at) { return at / 32 * 32 + at % 8 * 4 + at / 8 % 4; }
 
-// Bit planes of 32 inputs to digits of 4 bits. With two planes the i-th digit of word p has the
-// codes of inputs 4i + p and 4i + p + 2, with four planes that of input 4i + p.
-template <int WORDS>
-inline void interleave(Words* plane, int64_t step) {
-  const auto mix = [](Words& a, Words& b, int by, uint32_t low) {
-    const Words first = (a & low) | ((b & low) << by);
-    b = ((a >> by) & low) | (b & ~low);
-    a = first;
-  };
-  if constexpr (WORDS >= 2) mix(plane[0], plane[step], 1, 0x55555555);
-  if constexpr (WORDS == 4) {
-    mix(plane[2 * step], plane[3 * step], 1, 0x55555555);
-    mix(plane[0], plane[2 * step], 2, 0x33333333);
-    mix(plane[step], plane[3 * step], 2, 0x33333333);
-  }
-}
-
 // words[i · step], i < 4·quads: 4 bytes of each of kLanes rows of a plane that ends at `end`.
 // `rows` and `bytes` say how many there are: past the last row it is read again, past its bytes
 // zeros.
@@ -369,19 +352,4 @@ void multiply(const PackedMatrix& weight, const Product& product, Workspace& spa
   const auto run = weight.group_size > 0 ? multiply_scaled<TABLES, WORDS, kByGroup>
                                          : multiply_scaled<TABLES, WORDS, kByOutput>;
   run(weight, product, space);
-}
-
-// Groups of 16 outputs in the order of packed_int8.h.
-template <int WORDS>
-void repack_groups(const PackedMatrix& weight, int64_t first, int64_t last, uint8_t* out) {
-  constexpr int NB = 16 / kLanes;
-  const int64_t words = padded(weight.k) / 32;
-  alignas(64) Words digits[(kWords + kMoreWords) * WORDS * NB];
-  for (int64_t group = first; group < last; ++group) {
-    for (int64_t word = 0; word < words; word += kWords) {
-      const int count = static_cast<int>(std::min<int64_t>(kWords, words - word));
-      load_digits<WORDS, NB>(weight, group * 16, word, count, digits);
-      std::memcpy(out + (group * words + word) * WORDS * 64, digits, count * WORDS * 64);
-    }
-  }
 }

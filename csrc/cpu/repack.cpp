@@ -1,8 +1,14 @@
 // torch.ops.blaq.repack: a packed weight in the order that packed_int8.cpp reads.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <cstring>
+
 #include "cpu/packed_int8.h"
 #include "packed_checks.h"
+
+#define BLAQ_KERNEL_FILE "cpu/repack_kernel.h"
+#include "cpu/foreach_isa.h"
 
 namespace blaq {
 
@@ -30,10 +36,18 @@ Tensor repack_weight(const Tensor& qweight) {
   BLAQ_REQUIRE(qweight.dim() == 3 && qweight.size(0) >= 1 && qweight.size(0) <= 4, op, "qweight",
                "have shape [bits, N, ceil(K / 8)], bits 1 to 4", list_text(qweight.sizes()));
   const int bits = static_cast<int>(qweight.size(0));
-  const int64_t n = qweight.size(1), k = qweight.size(2) * 8;
-  Tensor out = torch::stable::new_empty(qweight, {repacked_bytes(bits, n, k)});
+  const int64_t n = qweight.size(1), bytes = qweight.size(2);
+  Tensor out = torch::stable::new_empty(qweight, {repacked_bytes(bits, n, bytes * 8)});
   if (out.numel() == 0) return out;
-  repack({qweight.const_data_ptr<uint8_t>(), bits, n, k}, out.mutable_data_ptr<uint8_t>());
+  const auto run = bits == 1   ? BLAQ_VARIANT(repack_groups<1>)
+                   : bits == 2 ? BLAQ_VARIANT(repack_groups<2>)
+                   : bits == 3 ? BLAQ_VARIANT(repack_groups<3>)
+                               : BLAQ_VARIANT(repack_groups<4>);
+  const uint8_t* planes = qweight.const_data_ptr<uint8_t>();
+  uint8_t* to = out.mutable_data_ptr<uint8_t>();
+  torch::stable::parallel_for(0, (n + 15) / 16, 4, [&](int64_t first, int64_t last) {
+    run(planes, n, bytes, first, last, to);
+  });
   return out;
 }
 

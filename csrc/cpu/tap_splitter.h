@@ -6,14 +6,14 @@
 
 namespace blaq {
 
-// The bits of 64 channels in 16 rows.
+// The bits of 64 channels in 16 rows: those of the first 32, then the others.
 struct alignas(64) TapWords {
-  uint64_t of_row[16];
+  uint32_t half[2][16];
 };
 
-// 64 channels of 16 rows at a time, which are `taps` words of each. With AVX-512 VBMI and GFNI the 8 bits of 8
-// rows at a position become a byte, and bytes are moved: 64 positions are a register, and registers are turned so
-// that every lane meets each tap once. A tap is then as many blends as there are taps, and one permutation.
+// 64 channels of 16 rows at a time, which are `taps` words of 64 bits in each. With AVX-512 VBMI and GFNI the bits
+// of 8 rows at a position become a byte, and bytes are moved: 64 positions are a register, and registers are turned
+// so that every lane meets each tap once. A tap is then a blend of all registers, and one permutation.
 class TapSplitter {
  public:
   TapSplitter(int64_t taps, int64_t in_features);
