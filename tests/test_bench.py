@@ -275,6 +275,15 @@ def test_command_writes_what_it_measured(tmp_path, capsys):
     assert "numpy.packbits" in capsys.readouterr().out
 
 
+def test_command_streams_weights_where_asked(tmp_path):
+    path = tmp_path / "out.csv"
+    command.run(parse("binary_repack", "--sizes", "5x13", "--rounds", "1", "--stream", "--csv", str(path)))
+    with path.open(newline="") as file:
+        records = list(csv.DictReader(file))
+    assert {r["variant"] for r in records} >= {"blaq", "read", "qweight.clone()"}
+    assert {(r["cache"], r["repeats"]) for r in records} == {("stream", "1")}
+
+
 def test_command_writes_targets_beside_the_rows(tmp_path, capsys, monkeypatch):
     def target(run):
         run(Case("pack", (5, 13), bits=1), False)
@@ -354,6 +363,8 @@ def test_command_lists_every_op_and_target(capsys):
     (["pack", "--sizes", "1x2x3"], "a size must be NxK, got 1x2x3"),
     (["pack", "--rounds", "0"], "--rounds must be at least 1, got 0"),
     (["pack", "--threads", "0"], "--threads must be at least 1, got 0"),
+    (["packed", "--stream"], "--stream must be used with ops, got packed"),
+    (["--targets", "--stream"], "--stream must be used with ops, got --targets"),
     (["pack", "--csv", "/no/such/folder/a.csv"], "folder of output must be there, got /no/such"),
 ])
 def test_command_refuses_before_it_measures(arguments, message, capsys):

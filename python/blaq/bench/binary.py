@@ -13,7 +13,7 @@ from torch import Tensor
 from blaq_kernels.reference import dequantize, signs
 
 from .case import BLAQ, Case, Table, Variant
-from .packed import LINEAR_BFLOAT16, LINEAR_FLOAT32, make_weight
+from .packed import LINEAR_BFLOAT16, LINEAR_FLOAT32, copies, make_weight
 
 __all__ = ["TABLES"]
 
@@ -32,8 +32,7 @@ def _repack(case: Case, full: bool) -> list[Variant]:
     n, k = case.size
     _, qweight, _ = make_weight(replace(case, bits=1), n, k)
     call = _ops.binary_repack.default
-    return [Variant(BLAQ, lambda: call(qweight, k, 1, 1), 2 * qweight.nbytes),
-            Variant("qweight.clone()", qweight.clone, 2 * qweight.nbytes)]
+    return [Variant(BLAQ, lambda: call(qweight, k, 1, 1), 2 * qweight.nbytes), *copies(qweight)]
 
 
 def _linear(case: Case, full: bool) -> list[Variant]:

@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", nargs="+", choices=["alternating", "exact"], help="of solving for the scale")
     add("--full", action="store_true",
         help="also the slow alternatives: the reference, eager and under torch.compile")
+    add("--stream", action="store_true", help="nothing in the caches before a call")
     add("--threads", type=int, help="torch's threads (default: as torch has it)")
     add("--rounds", type=int, default=20, help="interleaved samples of each variant (default: 20)")
     add("--csv", type=Path, metavar="FILE",
@@ -72,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
         kind = "target" if args.targets else "op"
         _require(name in known, kind, f"one of {', '.join(known)}", name)
     _require(args.rounds >= 1, "--rounds", "at least 1", args.rounds)
+    whole = "--targets" if args.targets else " ".join(SUITES.keys() & args.names)
+    _require(not (args.stream and whole), "--stream", "used with ops", whole)
     _require(args.threads is None or args.threads >= 1, "--threads", "at least 1", args.threads)
     for file in (args.csv, args.json, args.plot):  # before minutes of work, not after
         _require(file is None or file.absolute().parent.is_dir(), "folder of output", "there", file)
@@ -107,7 +110,7 @@ def _measure(args: argparse.Namespace) -> int:
         rows.extend(result.rows)
 
     def show(case: Case, full: bool) -> Result:
-        result = run_case(case, TABLES[case.op], args.rounds, full)
+        result = run_case(case, TABLES[case.op], args.rounds, full, args.stream)
         keep(result)
         return result
 
