@@ -18,8 +18,8 @@ EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 @pytest.mark.parametrize("target", ["armv8-a", "armv8.2-a+dotprod"])
 def test_packed_rows_on_an_emulated_processor(target, tmp_path):
     program = tmp_path / "packed_int8"
-    sources = [ROOT / "tests/native/packed_int8.cpp", ROOT / "csrc/cpu/packed_int8.cpp",
-               ROOT / "csrc/cpu/capability.cpp"]
+    sources = [ROOT / name for name in ("tests/native/packed_int8.cpp", "tests/native/repack.cpp",
+                                        "csrc/cpu/packed_int8.cpp", "csrc/cpu/capability.cpp")]
     headers = [f"-isystem{path}" for path in [*include_paths(), sysconfig.get_path("include")]]
     # Nothing that runs calls torch, of which there is no library for this processor.
     subprocess.run([COMPILER, f"-march={target}", "-std=c++20", "-O1", "-ffp-contract=off",

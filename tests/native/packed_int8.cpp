@@ -1,8 +1,15 @@
 // A packed weight times rows by the kernels of this processor, 8-bit ones and exact ones, against float64. Stands
-// alone, for processors that are emulated: links csrc/cpu/packed_int8.cpp and capability.cpp, and no torch.
+// alone, for processors that are emulated: links repack.cpp beside it, csrc/cpu/packed_int8.cpp and
+// capability.cpp, and no torch.
 #include "cpu/packed_matmul.cpp"
 
 #include <cstdio>
+
+#include "cpu/packed_int8.h"
+
+namespace blaq {
+void repack(int bits, const uint8_t* planes, int64_t n, int64_t bytes, uint8_t* out);
+}
 
 namespace {
 
@@ -44,10 +51,7 @@ void check(const std::vector<double>& book, int64_t n, int64_t k, int64_t group,
     }
   }
   uint8_t* words = repacked.data() + (64 - reinterpret_cast<uintptr_t>(repacked.data()) % 64) % 64;
-  const auto repack = words_of(bits) == 1   ? BLAQ_VARIANT(repack_groups<1>)
-                      : words_of(bits) == 2 ? BLAQ_VARIANT(repack_groups<2>)
-                                            : BLAQ_VARIANT(repack_groups<4>);
-  repack(weight, 0, (n + 15) / 16, words);
+  repack(bits, planes.data(), n, bytes, words);
 
   const int64_t stride = padded(k);
   std::vector<float> x(m * stride), y(m * n), alone(n);
