@@ -11,7 +11,7 @@ RESULTS = ROOT / "bench" / "results" / "paper"
 EVIDENCE = (ROOT / "docs" / "evidence.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["table3", "table4", "short/table4"])
+@pytest.mark.parametrize("name", ["table3", "table4", "short/table3", "short/table4"])
 def test_accuracies_and_gaps_are_the_files(name):
     content = read_versioned(RESULTS / f"{name}.json")
     for row in content["content"]["rows"]:

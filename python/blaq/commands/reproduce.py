@@ -10,7 +10,7 @@ same command goes on where it stopped: finished runs are kept, others go on from
 With --limit-minutes it stops by itself, and its exit status is 1 until all runs are finished.
 
 Budgets: quick (seconds; shows that the pieces work, measures nothing), brief (about 20 minutes of
-one core; table4, which runs every method, three hours), short (an hour or two), full (the paper's
+one core; table4, which runs every method, three hours), short (a few hours), full (the paper's
 length). Learning rates are swept on training images that are held out; the test images decide
 nothing.
 """
