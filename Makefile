@@ -4,7 +4,7 @@ VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h)
 # Where nvcc is one that knows all four architectures: CUDA 12.8 or later.
-NVCC := $(shell PATH="$$PATH:/usr/local/cuda/bin" nvcc --list-gpu-arch 2>/dev/null | grep -x compute_120)
+HAS_NVCC := $(shell PATH="$$PATH:/usr/local/cuda/bin" nvcc --list-gpu-arch 2>/dev/null | grep -x compute_120)
 
 .PHONY: demo test sanitize aoti wheel clean
 
@@ -13,7 +13,7 @@ demo: $(VENV)/ready
 
 # Where nvcc is, CUDA kernels are built for every architecture (minutes, once) and held to their contract.
 # In processes, since most tests are Python, or Triton's interpreter, on one core.
-test: $(VENV)/ready $(if $(NVCC),$(VENV)/cuda)
+test: $(VENV)/ready $(if $(HAS_NVCC),$(VENV)/cuda)
 	$(VENV)/bin/python -m pytest -q --numprocesses=auto --maxprocesses=8 --dist=worksteal tests
 
 wheel: $(VENV)/installed  # with CUDA code of every architecture; needs nvcc, and no GPU
